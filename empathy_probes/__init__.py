@@ -1,0 +1,94 @@
+"""Where alignment tuning attenuates affect and relational stance inside a language model.
+
+    import empathy_probes as ep
+
+    pair = ep.load_pair("path/to/base", "path/to/aligned")
+    finding = ep.measure_attenuation(pair, ep.load_concept("valence"), controls=ep.load_controls())
+
+Importing this package loads neither torch nor TransformerLens; each name is imported when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "attenuation": ("Finding", "Settings", "load_finding", "measure", "measure_attenuation"),
+    "concepts": (
+        "Concept", "list_concepts", "load_concept", "load_concept_file", "load_controls", "load_neutral", "load_targets",
+    ),
+    "design": ("Design", "design_study"),
+    "errors": ("EmpathyProbesError", "InputError", "NonFiniteError", "ProvenanceError", "StoreError"),
+    "interventions": (
+        "add_vector", "at_positions", "mean_ablate", "project_out", "replace_component", "replace_with",
+    ),
+    "ledger": ("Headline", "headlines"),
+    "models": ("Model", "Run", "load_model"),
+    "pairs": ("ModelPair", "load_pair", "make_pair"),
+    "phantoms": ("list_phantoms", "load_phantom", "load_phantom_concepts", "phantom_truth", "write_phantom"),
+    "report": ("write_report",),
+    "sites": ("Site",),
+    "stats": ("Estimate",),
+    "stimuli": ("StimulusSet", "load_stimuli", "stimuli_from_rows"),
+    "store": ("open_store",),
+    "study": ("Study", "StudySpec", "load_study", "read_spec", "resolve", "run_study"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if TYPE_CHECKING:
+    from empathy_probes.attenuation import Finding, Settings, load_finding, measure, measure_attenuation
+    from empathy_probes.concepts import (
+        Concept,
+        list_concepts,
+        load_concept,
+        load_concept_file,
+        load_controls,
+        load_neutral,
+        load_targets,
+    )
+    from empathy_probes.design import Design, design_study
+    from empathy_probes.errors import (
+        EmpathyProbesError,
+        InputError,
+        NonFiniteError,
+        ProvenanceError,
+        StoreError,
+    )
+    from empathy_probes.interventions import (
+        add_vector,
+        at_positions,
+        mean_ablate,
+        project_out,
+        replace_component,
+        replace_with,
+    )
+    from empathy_probes.ledger import Headline, headlines
+    from empathy_probes.models import Model, Run, load_model
+    from empathy_probes.pairs import ModelPair, load_pair, make_pair
+    from empathy_probes.phantoms import (
+        list_phantoms,
+        load_phantom,
+        load_phantom_concepts,
+        phantom_truth,
+        write_phantom,
+    )
+    from empathy_probes.report import write_report
+    from empathy_probes.sites import Site
+    from empathy_probes.stats import Estimate
+    from empathy_probes.stimuli import StimulusSet, load_stimuli, stimuli_from_rows
+    from empathy_probes.store import open_store
+    from empathy_probes.study import Study, StudySpec, load_study, read_spec, resolve, run_study

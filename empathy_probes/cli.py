@@ -1,0 +1,299 @@
+"""The command line: the same verbs as the notebook, with exit codes other programs can rely on.
+
+0 done · 2 bad input, one sentence on standard error · 130 interrupted, run the same command to go on ·
+1 a defect of ours. Results go to standard output, progress and messages to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from empathy_probes import __version__
+from empathy_probes.errors import EmpathyProbesError, InputError
+
+if TYPE_CHECKING:
+    from empathy_probes.study import Study, StudySpec
+
+DEMO_PHANTOM = "planted-valence"
+DEMO_SCENARIOS = 100
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without the usage block: an error is one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; run '{self.prog} --help' for what is expected")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        args = _parser().parse_args(argv)
+        _configure(args)
+        return args.command(args)
+    except EmpathyProbesError as error:
+        print(f"empathy-probes: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "empathy-probes: interrupted; run the same command again to go on where it stopped",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _configure(args: argparse.Namespace) -> None:
+    if not sys.stderr.isatty() or args.quiet:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    level = logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("empathy_probes").setLevel(level)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="empathy-probes",
+        description="Where alignment tuning attenuates affect and relational stance inside a language model.",
+    )
+    parser.add_argument("--version", action="version", version=f"empathy-probes {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no warnings")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    demo = commands.add_parser("demo", help="a study of a shipped pair with a planted difference, offline")
+    demo.add_argument("--out", default="runs/demo", help="output folder (default %(default)s)")
+    demo.add_argument("--store", help="activation store: a folder or any fsspec URL")
+    demo.add_argument("--json", action="store_true", help="print the headlines as JSON")
+    demo.set_defaults(command=_demo)
+
+    _add_compare(commands)
+
+    run = commands.add_parser("run", help="a full study from a TOML file")
+    run.add_argument("study", metavar="STUDY.toml")
+    run.add_argument("--out", help="output folder; wins over the file's")
+    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    run.add_argument("--json", action="store_true", help="print the headlines (or the plan) as JSON")
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="rebuild report.html of a saved study")
+    report.add_argument("folder", metavar="DIR")
+    report.set_defaults(command=_report)
+
+    concepts = commands.add_parser("concepts", help="list the shipped concepts")
+    concepts.add_argument("--json", action="store_true", help="print rows as JSON")
+    concepts.set_defaults(command=_concepts)
+
+    store = commands.add_parser("store", help="size of the activation store, or emptying it")
+    store.add_argument("action", nargs="?", choices=("info", "clear"), default="info")
+    store.add_argument("--store", help="activation store: a folder or any fsspec URL")
+    store.add_argument("--json", action="store_true", help="print as JSON")
+    store.set_defaults(command=_store)
+    return parser
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="attenuation between a base and an aligned checkpoint",
+        description="Hub ids, ID@REVISION, or folders.",
+    )
+    compare.add_argument("base", metavar="BASE")
+    compare.add_argument("aligned", metavar="ALIGNED", nargs="?", help="may be left out with --adapter")
+    many: dict[str, Any] = {"action": "append", "default": []}
+    compare.add_argument(
+        "--concepts", **many, help="shipped concepts, comma-separated (default: all targets)"
+    )
+    compare.add_argument(
+        "--stimuli", nargs="+", action="extend", default=[], metavar="FILE", help="stimuli files of your own"
+    )
+    compare.add_argument("--controls", **many, help="names or files, comma-separated, or none")
+    compare.add_argument(
+        "--template", default="both", choices=("raw", "shared", "own", "both"), help="default %(default)s"
+    )
+    compare.add_argument("--sites", **many, help="comma-separated, such as resid_post,mlp_out")
+    compare.add_argument("--layers", default="all", help="all, 0,5,11 or 2-5 (block indices)")
+    compare.add_argument("--margin", type=float, default=0.10, help="δ (default %(default)s)")
+    compare.add_argument("--draws", type=int, default=1000, help="multiplier draws (default %(default)s)")
+    compare.add_argument("--seed", type=int, default=0)
+    compare.add_argument("--dtype", help="for both models (default: the checkpoint's)")
+    compare.add_argument("--device", help="for both models (default: the best there is)")
+    compare.add_argument("--adapter", metavar="DIR", help="LoRA/PEFT adapter that makes the aligned side")
+    compare.add_argument("--allow-identical", action="store_true", help="accept two equal checkpoints")
+    compare.add_argument("--trust-remote-code", action="store_true")
+    compare.add_argument("--store", metavar="URL", help="activation store: a folder or any fsspec URL")
+    compare.add_argument("--out", metavar="DIR", help="default runs/<BASE>-vs-<ALIGNED>")
+    compare.add_argument("--dry-run", action="store_true", help="print the plan, memory and time, and stop")
+    compare.add_argument("--json", action="store_true", help="print the headlines (or the plan) as JSON")
+    compare.set_defaults(command=_compare)
+
+
+def _split(values: Sequence[str]) -> tuple[str, ...]:
+    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from empathy_probes.attenuation import Settings
+    from empathy_probes.design import design_study
+    from empathy_probes.phantoms import load_phantom, load_phantom_concepts, phantom_truth
+    from empathy_probes.study import run_study
+
+    targets, controls = load_phantom_concepts(DEMO_SCENARIOS)
+    design = design_study(load_phantom(DEMO_PHANTOM), targets, controls, template="raw")
+    study = run_study(
+        design, Settings(), args.out, name="Demo: a planted attenuation of valence", store=args.store,
+        planted=phantom_truth(DEMO_PHANTOM),
+    )  # fmt: skip
+    return _finish(study, args)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from empathy_probes.study import StudySpec
+
+    controls = _split(args.controls)
+    spec = StudySpec(
+        base=args.base, aligned=args.aligned, adapter=args.adapter, concepts=_split(args.concepts),
+        stimuli=tuple(args.stimuli), controls=() if controls == ("none",) else controls or None,
+        template=args.template, sites=_split(args.sites) or ("resid_post",), layers=args.layers, margin=args.margin,
+        draws=args.draws, seed=args.seed, dtype=args.dtype, device=args.device, allow_identical=args.allow_identical,
+        trust_remote_code=args.trust_remote_code, store=args.store, out=args.out,
+    )  # fmt: skip
+    return _run_spec(spec, args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from empathy_probes.study import read_spec
+
+    return _run_spec(read_spec(args.study), args)
+
+
+def _run_spec(spec: StudySpec, args: argparse.Namespace) -> int:
+    from empathy_probes.attenuation import Settings
+    from empathy_probes.study import default_out, describe_plan, resolve, run_study
+
+    design = resolve(spec)
+    if args.dry_run:
+        plan = describe_plan(design)
+        print(json.dumps(plan, indent=1, ensure_ascii=False) if args.json else _plan_text(plan))
+        return 0
+    args.out = args.out or spec.out or default_out(spec)
+    settings = Settings(margin=spec.margin, draws=spec.draws, seed=spec.seed)
+    return _finish(run_study(design, settings, args.out, store=spec.store), args)
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    roles = [entry["role"] for entry in plan["concepts"].values()]
+    lines = [
+        f"base        {plan['base']}",
+        f"aligned     {plan['aligned']}",
+        f"concepts    {roles.count('target')} targets, {roles.count('control')} controls",
+        f"templates   {', '.join(plan['templates'])}",
+        f"places      {', '.join(plan['sites'])} at {len(plan['layers'])} layers (the input of block 0 included)",
+        f"texts       {plan['prompts']:,} ({plan['tokens']:,} tokens in {plan['batches']:,} batches)",
+        f"memory      {_size(plan['model_bytes'])} for both models, {_size(plan['activation_bytes'])} of pooled activations",
+        f"time        about {plan['seconds']:.0f} s on this device, from one measured batch (nothing taken from the store)",
+    ]
+    return "\n".join(lines)
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def _finish(study: Study, args: argparse.Namespace) -> int:
+    from empathy_probes.report import write_report
+
+    path = write_report(study, Path(args.out) / "report.html")
+    found = study.manifest["headlines"]
+    if args.json:
+        print(
+            json.dumps(
+                {"name": study.name, "out": str(args.out), "report": str(path), "headlines": found},
+                ensure_ascii=False,
+            )
+        )
+        return 0
+    if study.manifest["planted"]:
+        truth = study.manifest["planted"]
+        print(
+            f"Planted: {truth['concept']} from block {truth['layer']} on, attenuated by {1 - truth['keep_achieved']:.0%} there."
+        )
+    several = len({(h["template"], h["site"]) for h in found}) > 1
+    for h in found:
+        place = f" ({h['template']}, {h['site']})" if several else ""
+        print(f"{h['concept']}{place}: {h['sentence']}")
+    print(f"Report: {path}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from empathy_probes.report import write_report
+    from empathy_probes.study import load_study
+
+    print(write_report(load_study(args.folder), Path(args.folder) / "report.html"))
+    return 0
+
+
+def _concepts(args: argparse.Namespace) -> int:
+    from empathy_probes.concepts import list_concepts, load_concept
+
+    rows = [
+        {
+            "name": concept.name, "role": concept.role, "mechanism": concept.mechanism, "dimension": concept.dimension,
+            "speaker": concept.speaker, "n_scenarios": concept.stimuli.n_scenarios, "digest": concept.digest,
+        }
+        for concept in map(load_concept, list_concepts())
+    ]  # fmt: skip
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        what = f"{row['mechanism']}, {row['dimension']}" if row["role"] == "target" else "control"
+        print(
+            f"{row['name']:<12} {row['n_scenarios']:>4} scenarios  {row['speaker']:<12} {row['digest'][:12]}  {what}"
+        )
+    return 0
+
+
+def _store(args: argparse.Namespace) -> int:
+    from empathy_probes.store import open_store
+
+    store = open_store(args.store)
+    cleared = args.action == "clear"
+    info = store.clear() if cleared else store.info()
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "url": info.url,
+                    "entries": info.entries,
+                    "parts": info.parts,
+                    "bytes": info.size,
+                    "cleared": cleared,
+                }
+            )
+        )
+    else:
+        verb = "removed" if cleared else "holds"
+        print(
+            f"{info.url} {verb} {info.entries} entries and {info.parts} unfinished parts, {_size(info.size)}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

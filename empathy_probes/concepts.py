@@ -1,0 +1,149 @@
+"""Concepts: a stimulus set together with what it is meant to measure.
+
+Shipped concepts live in `data/concepts/` as one TOML (what it is) and one JSON Lines file (its texts);
+adding a concept is adding these two files. A stimuli file of one's own becomes a concept by its path.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from empathy_probes.errors import InputError
+from empathy_probes.stimuli import StimulusSet, load_stimuli
+
+MECHANISMS = ("sentiment_attenuation", "granularity_mismatch", "conflict_avoidance", "linguistic_distancing")
+DIMENSIONS = ("cognitive", "cultural", "relational")
+SPEAKERS = ("user", "assistant", "third_person")
+REQUIRED = ("name", "role", "mechanism", "dimension", "speaker", "read", "description")
+OPTIONAL = ("labels", "author", "date", "version", "licence", "notes")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Something probed, with its texts."""
+
+    name: str
+    role: Literal["target", "control"]
+    """A control is a contrast that has nothing to do with affect or stance."""
+    mechanism: str
+    """One of `MECHANISMS`; empty for controls and stimuli of one's own."""
+    dimension: str
+    """One of `DIMENSIONS`; empty for controls and stimuli of one's own."""
+    speaker: str
+    """Whose state the text carries; decides the role of a plain text in a chat template."""
+    description: str
+    stimuli: StimulusSet
+    labels: dict[str, str] = field(default_factory=dict)
+    """What each label means."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the texts, labels and read positions, and of the speaker, which a chat template reads."""
+        return self.stimuli.digest if self.speaker != "assistant" else f"{self.stimuli.digest}-assistant"
+
+
+def _folder() -> Path:
+    return Path(str(files("empathy_probes"))) / "data" / "concepts"
+
+
+def list_concepts() -> tuple[str, ...]:
+    """Names of the shipped concepts, targets first, alphabetical within a role."""
+    roles = {path.stem: _read_toml(path)["role"] for path in _folder().glob("*.toml")}
+    return tuple(sorted(roles, key=lambda name: (roles[name] != "target", name)))
+
+
+def load_concept(name: str) -> Concept:
+    """Load a shipped concept by its name.
+
+    Raises:
+        InputError: there is no concept of that name; the message lists those that exist.
+    """
+    names = list_concepts()
+    if name not in names:
+        raise InputError(
+            f"unknown concept '{name}': expected one of {', '.join(names)}; choose one of these, or pass a stimuli file"
+        )
+    return _described(_folder() / f"{name}.toml")
+
+
+def load_targets() -> tuple[Concept, ...]:
+    """All shipped targets."""
+    return tuple(concept for concept in map(load_concept, list_concepts()) if concept.role == "target")
+
+
+def load_controls() -> tuple[Concept, ...]:
+    """All shipped control concepts."""
+    return tuple(concept for concept in map(load_concept, list_concepts()) if concept.role == "control")
+
+
+def load_concept_file(path: str | Path, role: Literal["target", "control"] = "target") -> tuple[Concept, ...]:
+    """The concepts of a stimuli file of one's own.
+
+    A TOML of the same stem beside the file describes it as shipped concepts are described; without one
+    the speaker is the user. `role` always wins: a file named as a control is a control.
+    """
+    path = Path(path)
+    described = path.with_suffix(".toml")
+    if described.is_file():
+        return (replace(_described(described, path), role=role),)
+    return tuple(
+        Concept(stimuli.concept, role, "", "", "user", f"stimuli of {path.name}", stimuli)
+        for stimuli in load_stimuli(path)
+    )
+
+
+def load_neutral() -> tuple[str, ...]:
+    """Neutral texts of no concept: for maps between models, rms for doses, and perplexity."""
+    path = _folder().parent / "neutral.jsonl"
+    return tuple(json.loads(line)["text"] for line in path.read_text(encoding="utf8").splitlines() if line)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        entry = tomllib.loads(path.read_text(encoding="utf8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} is not TOML ({error}): expected a concept description; repair the file"
+        ) from None
+    missing = [key for key in REQUIRED if key not in entry]
+    unknown = [key for key in entry if key not in REQUIRED + OPTIONAL]
+    if missing or unknown:
+        raise InputError(
+            f"{path}: missing keys [{', '.join(missing)}], unknown keys [{', '.join(unknown)}], expected "
+            f"{', '.join(REQUIRED)} and optionally {', '.join(OPTIONAL)}; complete the description"
+        )
+    choices = {"role": ("target", "control"), "speaker": SPEAKERS}
+    if entry["role"] == "target":
+        choices |= {"mechanism": ("", *MECHANISMS), "dimension": ("", *DIMENSIONS)}
+    for key, allowed in choices.items():
+        if entry[key] not in allowed:
+            raise InputError(
+                f"{path}, key '{key}': got '{entry[key]}', expected one of {', '.join(allowed)}; choose one"
+            )
+    return entry
+
+
+def _described(description: Path, stimuli_file: Path | None = None) -> Concept:
+    entry = _read_toml(description)
+    path = stimuli_file or description.with_suffix(".jsonl")
+    sets = load_stimuli(path)
+    if len(sets) != 1 or sets[0].concept != entry["name"]:
+        raise InputError(
+            f"{path} holds the concepts {', '.join(s.concept for s in sets)}, expected only '{entry['name']}' as "
+            f"{description.name} says; correct the name"
+        )
+    declared = entry["read"] if isinstance(entry["read"], str) else next(iter(entry["read"]))
+    if declared != sets[0].read_kind:
+        raise InputError(
+            f"{description}, key 'read': got '{declared}', but {path.name} reads at '{sets[0].read_kind}'; make them agree"
+        )
+    return Concept(
+        name=entry["name"], role=entry["role"], mechanism=entry["mechanism"], dimension=entry["dimension"],
+        speaker=entry["speaker"], description=entry["description"], stimuli=sets[0],
+        labels={str(key): str(value) for key, value in entry.get("labels", {}).items()},
+    )  # fmt: skip

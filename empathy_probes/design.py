@@ -1,0 +1,164 @@
+"""What a study will measure, resolved and validated before anything runs.
+
+A design renders every text of every concept for both models under every template and refuses what cannot be
+measured; every question is asked of the same design. Identical prompts in both models are the rule (`raw`,
+`shared`); `own` renders each model's with its own template and is confounded by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from empathy_probes.concepts import Concept
+from empathy_probes.errors import InputError
+from empathy_probes.extraction import check_prompts
+from empathy_probes.models import Model
+from empathy_probes.pairs import ModelPair
+from empathy_probes.prompts import RenderedPrompt, has_chat_template, render
+from empathy_probes.sites import COMPONENTS
+
+TEMPLATES = ("raw", "shared", "own", "both")
+MIN_SCENARIOS = 30
+
+
+@dataclass(frozen=True)
+class Design:
+    """What will be measured, resolved and validated: nothing has run yet."""
+
+    pair: ModelPair
+    concepts: tuple[Concept, ...]
+    """Targets, then controls."""
+    templates: tuple[str, ...]
+    components: tuple[str, ...]
+    layers: tuple[int, ...]
+    """−1 (the input of block 0) and the blocks asked for."""
+    prompts: Mapping[tuple[str, str], tuple[tuple[RenderedPrompt, ...], tuple[RenderedPrompt, ...]]]
+    """Per (concept, template): as the base and as the aligned model see them."""
+    flags: tuple[str, ...]
+
+
+def design_study(
+    pair: ModelPair,
+    concepts: Sequence[Concept],
+    controls: Sequence[Concept] = (),
+    *,
+    template: str = "both",
+    sites: Sequence[str] = ("resid_post",),
+    layers: Sequence[int] | None = None,
+) -> Design:
+    """Resolve templates, layers and prompts, and refuse everything that cannot be measured.
+
+    Raises:
+        InputError: a concept, template, site, layer or text cannot be used; the message says which.
+    """
+    everything = (*concepts, *controls)
+    for concept in everything:
+        _check_concept(concept, everything)
+    for site in sites:
+        if site not in COMPONENTS:
+            raise InputError(
+                f"unknown site '{site}': expected one of {', '.join(COMPONENTS)}; name one of these"
+            )
+    blocks = tuple(range(pair.base.n_layers)) if layers is None else tuple(sorted(set(layers)))
+    outside = [layer for layer in blocks if not 0 <= layer < pair.base.n_layers]
+    if outside or not blocks:
+        raise InputError(
+            f"layers got {outside or 'none'}, expected block indices from 0 to {pair.base.n_layers - 1} of "
+            f"'{pair.base.name}'; choose among those"
+        )
+    templates, flags = _templates(pair, template)
+    prompts = {}
+    for concept in everything:
+        for chosen in templates:
+            prompts[concept.name, chosen] = _render_pair(pair, concept, chosen)
+    return Design(pair, everything, templates, tuple(dict.fromkeys(sites)), (-1, *blocks), prompts, flags)
+
+
+def _check_concept(concept: Concept, everything: Sequence[Concept]) -> None:
+    if sum(other.name == concept.name for other in everything) > 1:
+        raise InputError(
+            f"concept '{concept.name}' is given twice, expected each once as target or as control; drop one of them"
+        )
+    if concept.stimuli.kind != "binary":
+        raise InputError(
+            f"concept '{concept.name}' has {concept.stimuli.kind} labels, expected binary ones (0 and 1); "
+            "reduce its labels to two"
+        )
+    if concept.stimuli.n_scenarios < MIN_SCENARIOS:
+        raise InputError(
+            f"concept '{concept.name}' has {concept.stimuli.n_scenarios} scenarios, expected at least {MIN_SCENARIOS}: "
+            "below that no interval holds; add scenarios"
+        )
+
+
+def _templates(pair: ModelPair, template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if template not in TEMPLATES:
+        raise InputError(f"unknown template '{template}': expected one of {', '.join(TEMPLATES)}; choose one")
+    if template == "raw":
+        return ("raw",), ()
+    if not has_chat_template(pair.aligned.tokenizer):
+        if template == "both":
+            return ("raw",), ("no_chat_template",)
+        raise InputError(
+            f"template '{template}' needs a chat template, but the tokenizer of aligned '{pair.aligned.name}' has none; "
+            "use --template raw"
+        )
+    if template == "own" and not has_chat_template(pair.base.tokenizer):
+        raise InputError(
+            f"template 'own' needs a chat template on both sides, but the tokenizer of base '{pair.base.name}' has none; "
+            "use --template shared"
+        )
+    return ("raw", "shared") if template == "both" else (template,), ()
+
+
+def _render_pair(
+    pair: ModelPair, concept: Concept, template: str
+) -> tuple[tuple[RenderedPrompt, ...], tuple[RenderedPrompt, ...]]:
+    style = "raw" if template == "raw" else "chat"
+    aligned = render(pair.aligned.tokenizer, concept.stimuli, style, concept.speaker)
+    base = (
+        aligned
+        if template == "shared"
+        else render(pair.base.tokenizer, concept.stimuli, style, concept.speaker)
+    )
+    if template == "raw":
+        for ours, theirs in zip(base, aligned, strict=True):
+            if ours.ids != theirs.ids:
+                raise InputError(
+                    f"concept '{concept.name}', item '{ours.item}': base '{pair.base.name}' and aligned "
+                    f"'{pair.aligned.name}' give different token ids to the same raw text, expected identical ones; use "
+                    "--template shared"
+                )
+    check_prompts(pair.base, base, concept.name)
+    check_prompts(pair.aligned, aligned, concept.name)
+    return base, aligned
+
+
+def describe_design(design: Design) -> dict[str, Any]:
+    """Provenance: models, tokenizers and concepts by name and digest; plain data."""
+    return {
+        "base": _describe_model(design.pair.base),
+        "aligned": _describe_model(design.pair.aligned),
+        "concepts": {
+            concept.name: {
+                "role": concept.role, "mechanism": concept.mechanism, "dimension": concept.dimension,
+                "speaker": concept.speaker, "read": concept.stimuli.read_kind, "digest": concept.digest,
+                "n_scenarios": concept.stimuli.n_scenarios, "n_texts": len(concept.stimuli.items),
+                "labels": dict(concept.labels), "description": concept.description,
+            }
+            for concept in design.concepts
+        },
+    }  # fmt: skip
+
+
+def _describe_model(model: Model) -> dict[str, Any]:
+    bos = model.tokenizer.bos_token_id
+    return {
+        "name": model.name, "revision": model.revision, "weights": model.weights,
+        "tokenizer": model.tokenizer_digest, "chat_template": model.template_digest,
+        "architecture": model.architecture, "n_layers": model.n_layers, "d_model": model.d_model,
+        "dtype": model.dtype, "device": str(model.device), "parameters": model.n_parameters,
+        "bos": bool(bos is not None and model.tokenizer("a")["input_ids"][:1] == [bos]),
+    }  # fmt: skip

@@ -1,0 +1,219 @@
+"""One verdict per concept: what encode, use and express say together, and what is missing where they do not.
+
+The verdicts are section 8 of the method. A verdict other than `amplified` needs all three stages; a stage
+that was not run is `not_run`, and the row then names what would settle the question instead of guessing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from empathy_probes.attenuation import Finding, Measurement, Settings
+from empathy_probes.decisions import FEWEST_CONTROLS, Judgement
+
+LEDGER_COLUMNS = ["concept", "role", "mechanism", "dimension", "encode", "use", "express", "verdict", "onset_lower", "onset_upper", "size", "size_lower", "size_upper", "missing", "scenarios_needed"]
+NOT_RUN = "not_run"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the encode stage says about one concept, under one template at one site."""
+
+    concept: str
+    role: str
+    template: str
+    site: str
+    decision: str
+    """attenuated, amplified, equivalent, inconclusive; empty where nothing is decided."""
+    quantity: str
+    """`specific` (beyond the controls) or `attenuation`."""
+    layer: int | None
+    """Where the size is quoted: the largest change among the decided layers, else among all."""
+    size: float | None
+    size_lower: float | None
+    """Simultaneous 95 % band at that layer."""
+    size_upper: float | None
+    onset_lower: int | None
+    onset_upper: int | None
+    peak_lower: int | None
+    peak_upper: int | None
+    n_scenarios: int
+    n_controls: int
+    """Controls whose contrast both models carry at that layer."""
+    minimum_detectable: float | None
+    """Smallest attenuation that this study would have decided with 80 % power at that layer."""
+    scenarios_needed: int | None
+    controls_needed: int | None
+    flags: tuple[str, ...]
+    sentence: str
+
+
+def headlines(finding: Finding) -> tuple[Headline, ...]:
+    """One headline per target, template and site."""
+    found = []
+    for template in finding.templates:
+        for site in finding.sites:
+            judgements = finding.judgements(template, site)
+            for m in finding.select(template, site, "target"):
+                found.append(_headline(finding, m, judgements[m.concept]))
+    return tuple(found)
+
+
+def headline_template(finding: Finding) -> str:
+    """`shared` where it was measured, else the first template: the one a single row per concept speaks of."""
+    return "shared" if "shared" in finding.templates else finding.templates[0]
+
+
+def ledger_frame(finding: Finding) -> pd.DataFrame:
+    """The rows of `ledger.csv`, one per concept, controls last."""
+    template, site = headline_template(finding), finding.sites[0]
+    by_concept = {h.concept: h for h in headlines(finding) if (h.template, h.site) == (template, site)}
+    rows = []
+    for m in finding.select(template, site):
+        described = finding.provenance["concepts"][m.concept]
+        row: dict[str, Any] = {"concept": m.concept, "role": m.role, "use": NOT_RUN, "express": NOT_RUN}
+        row |= {"mechanism": described["mechanism"], "dimension": described["dimension"]}
+        if m.role == "target":
+            h = by_concept[m.concept]
+            verdict = (
+                "amplified" if h.decision == "amplified" and h.quantity == "specific" else "inconclusive"
+            )
+            row |= {"encode": h.decision or "undecided", "verdict": verdict}
+            row |= {
+                key: getattr(h, key)
+                for key in ("onset_lower", "onset_upper", "size", "size_lower", "size_upper")
+            }
+            missing = ["use", "express"] if verdict == "inconclusive" else []
+            if h.decision in ("", "inconclusive"):
+                missing.insert(
+                    0, "controls" if {"few_controls", "no_controls"} & set(h.flags) else "scenarios"
+                )
+            row |= {"missing": ";".join(missing), "scenarios_needed": h.scenarios_needed}
+        else:
+            decision, _ = _overall(finding.judgements(template, site)[m.concept])
+            row |= {"encode": decision or "undecided", "verdict": ""}
+        rows.append(row)
+    frame = pd.DataFrame(rows, columns=LEDGER_COLUMNS)
+    for column in ("onset_lower", "onset_upper", "scenarios_needed"):
+        frame[column] = frame[column].astype("Int64")
+    return frame
+
+
+def headline_dicts(found: Sequence[Headline]) -> list[dict[str, Any]]:
+    """Plain data for the manifest."""
+    return [{**asdict(h), "flags": list(h.flags)} for h in found]
+
+
+def _overall(j: Judgement) -> tuple[str, int | None]:
+    """The decision over all blocks, and the index of the layer it is quoted at (None where all are blank)."""
+    blocks = np.array([layer >= 0 for layer in j.layers])
+    known = blocks & ~np.isnan(j.band.lower)
+    decided = np.array([d in ("attenuated", "amplified") for d in j.decision]) & blocks
+    candidates = decided if decided.any() else known
+    if not candidates.any():
+        return "", None
+    # Where only "at least so much" is known, the lower end of the band stands for the size.
+    size = np.abs(np.where(np.isnan(j.band.value), j.band.lower, j.band.value))
+    at = int(np.argmax(np.where(candidates, size, -np.inf)))
+    if decided.any():
+        return j.decision[at], at
+    of_blocks = {d for d, block in zip(j.decision, blocks, strict=True) if block}
+    if of_blocks == {"equivalent"}:
+        return "equivalent", at
+    return ("inconclusive" if of_blocks & {"inconclusive", "equivalent"} else ""), at
+
+
+def _headline(finding: Finding, m: Measurement, j: Judgement) -> Headline:
+    decision, at = _overall(j)
+    blank = at is None
+    index = 0 if at is None else at
+    flags = {
+        flag
+        for i, layer in enumerate(m.layers)
+        if layer >= 0
+        for flag in (j.flags[i] if blank or i == at else ())
+    }
+    flags |= {f for f in finding.flags}
+    headline = Headline(
+        concept=m.concept,
+        role=m.role,
+        template=m.template,
+        site=m.site,
+        decision=decision,
+        quantity=j.headline[index],
+        layer=None if blank else m.layers[index],
+        size=None if blank else _number(j.band.value[index]),
+        size_lower=None if blank else _number(j.band.lower[index]),
+        size_upper=None if blank else _number(j.band.upper[index]),
+        onset_lower=j.onset.lower if decision == "attenuated" else None,
+        onset_upper=j.onset.upper if decision == "attenuated" else None,
+        peak_lower=j.peak.lower if decision == "attenuated" else None,
+        peak_upper=j.peak.upper if decision == "attenuated" else None,
+        n_scenarios=len(m.units),
+        n_controls=int(j.n_controls[index]),
+        minimum_detectable=None if blank else _number(j.minimum_detectable[index]),
+        scenarios_needed=None if blank else _count(j.scenarios_needed[index]),
+        controls_needed=None if blank else _count(j.controls_needed[index]),
+        flags=tuple(sorted(flags)),
+        sentence="",
+    )
+    return replace(headline, sentence=_sentence(headline, finding.settings))
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _count(value: float) -> int | None:
+    return int(np.ceil(value)) if np.isfinite(value) else None
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage with a true minus sign; an en dash where there is none.
+
+    >>> percent(-0.123)
+    '−12 %'
+    """
+    if value is None:
+        return "–"
+    rounded = round(100 * value)
+    return f"{'−' if rounded < 0 else ''}{abs(rounded)} %"
+
+
+def _sentence(h: Headline, settings: Settings) -> str:
+    against = f"beyond {h.n_controls} controls" if h.quantity == "specific" else "without regard to controls"
+    band = f"simultaneous 95 % band {percent(h.size_lower)} to {percent(h.size_upper)}, n = {h.n_scenarios} scenarios"
+    size = percent(h.size) if h.size is not None else f"at least {percent(h.size_lower)}"
+    if h.layer is None:
+        if "base_not_detected" in h.flags:
+            return f"Nothing can be said: the base does not carry this contrast beyond noise at any block (n = {h.n_scenarios})."
+        return f"Nothing can be said: no block has a usable comparison (n = {h.n_scenarios})."
+    if h.decision == "attenuated":
+        where = f"Attenuated by block {h.onset_upper}" if h.onset_upper is not None else "Attenuated"
+        if h.onset_lower is not None and h.onset_lower != h.onset_upper:
+            where += f"; could begin as early as block {h.onset_lower}"
+        return f"{where}. Largest at block {h.layer}: {size} {against} ({band})."
+    if h.decision == "amplified":
+        return f"Amplified at block {h.layer}: attenuation {size} {against} ({band})."
+    if h.decision == "equivalent":
+        margin = settings.specific_margin if h.quantity == "specific" else settings.margin
+        return f"No change beyond ±{percent(margin)} {against} at any block; the largest is {size} at block {h.layer} ({band})."
+    if h.decision == "":
+        return (
+            f"Not decided: {h.n_controls} usable controls at block {h.layer}, at least {FEWEST_CONTROLS} are needed. "
+            f"Largest at block {h.layer}: attenuation {size} ({band})."
+        )
+    settle = []
+    if h.scenarios_needed is not None:
+        settle.append(f"about {h.scenarios_needed} scenarios would settle it")
+    if h.controls_needed is not None:
+        settle.append(f"about {h.controls_needed} controls would settle it")
+    if h.minimum_detectable is not None:
+        settle.insert(0, f"an attenuation of {percent(h.minimum_detectable)} would have been found")
+    tail = f"; {', and '.join(settle)}" if settle else ""
+    return f"Inconclusive: {size} at block {h.layer} {against} ({band}){tail}."

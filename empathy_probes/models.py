@@ -1,0 +1,502 @@
+"""Load a checkpoint and run it: the only file that knows TransformerLens, transformers, and hooks.
+
+Both models of a pair are loaded the same way, with raw weights, so that their residual streams keep their
+basis. `Model.run` reads and writes activations at sites, stops after the last layer that is needed, and
+`Model.replay` continues from a given state without recomputing the blocks before it. A model leaves every
+verb as it entered, also after an exception.
+
+Replay captures the arguments each block was called with (masks and rotary tables differ per layer) and
+calls the remaining blocks with them; at load, one batch checks that replay equals the plain forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy as copying
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from empathy_probes.batches import Pool, TokenBatch, pad_tokens
+from empathy_probes.errors import EmpathyProbesError, InputError
+from empathy_probes.interventions import Edit
+from empathy_probes.prompts import render_texts
+from empathy_probes.sites import Site
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+# Config entries that name or describe a checkpoint without changing what it computes.
+_IDLE_CONFIG = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one forward pass left behind."""
+
+    acts: dict[Site, Tensor]
+    """`[batch pos d_model]` per site read, or `[batch d_model]` where it was pooled."""
+    logits: Float[Tensor, "batch pos d_vocab"] | None
+    """None where `last_layer` stopped the run before the unembedding."""
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] | None
+    """The arguments of every block, for `Model.replay`; None unless asked for."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the last layer that anyone needs has run."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that can be run."""
+
+    name: str
+    """What the caller called it: hub id, or folder."""
+    bridge: Any
+    """The TransformerLens `TransformerBridge`, raw weights."""
+    tokenizer: Any
+    revision: str | None
+    weights: str
+    """SHA-256 over names, shapes and values of all parameters, cast to float32."""
+    config: Mapping[str, Any]
+    """The checkpoint's configuration, without entries that only name it."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.bridge.cfg.n_layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.bridge.cfg.d_model)
+
+    @property
+    def d_vocab(self) -> int:
+        """Rows of the embedding."""
+        return int(self.bridge.original_model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def n_ctx(self) -> int:
+        """Longest text in tokens."""
+        return int(self.bridge.cfg.n_ctx)
+
+    @property
+    def architecture(self) -> str:
+        """Class name of the Hugging Face model."""
+        return str(self.bridge.cfg.architecture)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the parameters' dtype."""
+        return str(next(self.bridge.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.bridge.parameters()).device
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.bridge.original_model.parameters())
+
+    @property
+    def centres(self) -> bool:
+        """Whether the normalisation before each read subtracts the mean over d_model (LayerNorm)."""
+        return not str(self.bridge.cfg.normalization_type or "").upper().startswith("RMS")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides an activation: weights, configuration, dtype."""
+        plain = json.dumps([self.weights, dict(self.config), self.dtype], sort_keys=True, default=str)
+        return hashlib.sha256(plain.encode()).hexdigest()
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """Digest of vocabulary, merges, special tokens and normalisation."""
+        if getattr(self.tokenizer, "is_fast", False):
+            plain = self.tokenizer.backend_tokenizer.to_str()
+        else:
+            plain = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return hashlib.sha256(plain.encode()).hexdigest()
+
+    @property
+    def template_digest(self) -> str | None:
+        """Digest of the chat template, None without one."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        return hashlib.sha256(str(template).encode()).hexdigest() if template else None
+
+    @cached_property
+    def replay_refusal(self) -> str | None:
+        """Why `replay` cannot be trusted for this model; None where one batch showed it equal to a forward pass."""
+        rows = [[(7 * i + 3) % self.d_vocab for i in range(length)] for length in (6, 4)]
+        batch = pad_tokens(rows, self.device)
+        state = Site(self.n_layers // 2)
+        with torch.inference_mode():
+            whole = self.run(batch, read=[state], capture=True)
+            again = self.replay(whole, whole.acts[state], after=state.layer)
+        assert whole.logits is not None and again.logits is not None
+        real = batch.mask.bool()
+        error = (whole.logits[real].float() - again.logits[real].float()).abs().max().item()
+        scale = whole.logits[real].float().std().item()
+        tolerance = {torch.float32: 1e-4, torch.float64: 1e-6}.get(whole.logits.dtype, 3e-2) * max(
+            scale, 1e-6
+        )
+        if error <= tolerance:
+            return None
+        return f"continuing from block {state.layer} misses the plain forward pass by {error:.2g} logits"
+
+    def tokenize(self, texts: Sequence[str]) -> TokenBatch:
+        """Token ids of plain texts, right-padded, with the special tokens the tokenizer itself adds."""
+        return pad_tokens([prompt.ids for prompt in render_texts(self.tokenizer, texts)], self.device)
+
+    def run(
+        self,
+        prompts: TokenBatch | Sequence[str],
+        read: Sequence[Site] = (),
+        write: Mapping[Site, Edit] | None = None,
+        last_layer: int | None = None,
+        pool: Pool | None = None,
+        capture: bool = False,
+    ) -> Run:
+        """One forward pass.
+
+        Args:
+            prompts: texts, or a padded batch of ids.
+            read: sites whose activations are kept, after any edit there.
+            write: an edit per site.
+            last_layer: stop after this block (inclusive); the unembedding never runs.
+            pool: average each read over these positions, inside the read.
+            capture: keep what `replay` needs; the run must be of full depth.
+
+        Raises:
+            InputError: a site lies beyond the model or beyond `last_layer`.
+            EmpathyProbesError: a site never fired in this architecture.
+        """
+        batch = prompts if isinstance(prompts, TokenBatch) else self.tokenize(prompts)
+        depth = self.n_layers - 1 if last_layer is None else last_layer
+        self._check_sites([*read, *(write or {})], -1, depth)
+        acts: dict[Site, Tensor] = {}
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        logits = None
+        with self._hooked(read, write or {}, acts, pool), contextlib.ExitStack() as stack:
+            if capture:
+                if last_layer is not None:
+                    raise InputError(
+                        "capture got a run that stops early, expected one of full depth; drop last_layer"
+                    )
+                for block in self.bridge.blocks:
+                    handle = block.register_forward_pre_hook(_keeper(calls), with_kwargs=True)
+                    stack.callback(handle.remove)
+            if last_layer is not None:
+                stack.callback(self._stop_after(last_layer).remove)
+            with contextlib.suppress(_Stop):
+                logits = self.bridge(batch.ids, attention_mask=batch.mask, use_cache=False)
+        self._check_fired(read, acts)
+        return Run(acts, logits, tuple(calls) if capture else None)
+
+    def replay(
+        self,
+        run: Run,
+        state: Float[Tensor, "batch pos d_model"],
+        after: int,
+        read: Sequence[Site] = (),
+        write: Mapping[Site, Edit] | None = None,
+        last_layer: int | None = None,
+        pool: Pool | None = None,
+    ) -> Run:
+        """Continue from `state`, taken to be the residual stream after block `after`, to the logits.
+
+        Args:
+            run: a captured run of this model on the same tokens.
+            state: any state of that shape; a batch that is a multiple of the captured one repeats it.
+            after: the block the state stands after; −1 for the input of block 0.
+            read, write, last_layer, pool: as in `run`; sites must lie in blocks beyond `after`.
+        """
+        if run.calls is None:
+            raise InputError(
+                "replay got a run without captured calls, expected one made with capture=True; run it again so"
+            )
+        depth = self.n_layers - 1 if last_layer is None else last_layer
+        self._check_sites([*read, *(write or {})], after + 1, depth)
+        acts: dict[Site, Tensor] = {}
+        captured = (
+            run.calls[0][0][0].shape[0] if run.calls[0][0] else run.calls[0][1]["hidden_states"].shape[0]
+        )
+        with self._hooked(read, write or {}, acts, pool):
+            for layer in range(after + 1, depth + 1):
+                args, kwargs = run.calls[layer]
+                kwargs = {key: _repeat(value, captured, state.shape[0]) for key, value in kwargs.items()}
+                if "hidden_states" in kwargs:
+                    out = self.bridge.blocks[layer](*args, **{**kwargs, "hidden_states": state})
+                else:
+                    out = self.bridge.blocks[layer](
+                        state, *(_repeat(a, captured, state.shape[0]) for a in args[1:]), **kwargs
+                    )
+                state = out[0] if isinstance(out, tuple) else out
+        self._check_fired(read, acts)
+        return Run(acts, self._unembed(state) if last_layer is None else None, None)
+
+    def _unembed(self, state: Tensor) -> Tensor:
+        logits = self.bridge.unembed(self.bridge.ln_final(state))
+        cap = getattr(self.bridge.original_model.config, "final_logit_softcapping", None)
+        return (logits / cap).tanh() * cap if cap else logits
+
+    def _check_sites(self, sites: Sequence[Site], first: int, last: int) -> None:
+        for site in sites:
+            if not first <= site.layer <= last:
+                raise InputError(
+                    f"{site} is outside the layers this run covers ({first} to {last} of {self.n_layers} blocks in "
+                    f"'{self.name}'): expected a layer in that range; choose another site or run further"
+                )
+
+    def _check_fired(self, sites: Sequence[Site], acts: Mapping[Site, Tensor]) -> None:
+        silent = [site for site in sites if site not in acts]
+        if silent:
+            raise EmpathyProbesError(
+                f"{silent[0]} never fired in '{self.name}' ({self.architecture}): this architecture has no such place; "
+                "choose another site"
+            )
+
+    def _stop_after(self, layer: int) -> Any:
+        def stop(*_: Any) -> None:
+            raise _Stop
+
+        # The input of block 0 is read inside block 0, so −1 runs that block too.
+        return self.bridge.blocks[max(layer, 0)].register_forward_hook(stop)
+
+    @contextlib.contextmanager
+    def _hooked(
+        self, read: Sequence[Site], write: Mapping[Site, Edit], acts: dict[Site, Tensor], pool: Pool | None
+    ) -> Iterator[None]:
+        """Hooks for these reads and edits, removed whatever happens. Edits get a copy: see the facts on in-place edits."""
+        hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
+        fired: set[Site] = set()
+        for site in write:
+            if site.component == "resid_mid":
+                # The hook sits on ln2's input: a returned tensor would miss the skip path. Attention's output
+                # reaches both, so the edit is made there: attn_out ← edit(resid_pre + attn_out) − resid_pre.
+                before: dict[str, Tensor] = {}
+                hooks.append((f"blocks.{site.layer}.hook_resid_pre", _keep(before)))
+                hooks.append(
+                    (f"blocks.{site.layer}.hook_attn_out", _edit_mid(site, write[site], before, fired))
+                )
+            else:
+                hooks.append((site.hook_name, _edit(site, write[site], fired)))
+        hooks += [(site.hook_name, _read(site, acts, pool)) for site in read]
+        with self.bridge.hooks(fwd_hooks=hooks):
+            yield
+        silent = [site for site in write if site not in fired]
+        if silent:
+            raise EmpathyProbesError(
+                f"the edit at {silent[0]} never fired in '{self.name}' ({self.architecture}): this architecture has no "
+                "such place; choose another site"
+            )
+
+
+def _edit(site: Site, edit: Edit, fired: set[Site]) -> Callable[..., Tensor]:
+    def hook(tensor: Tensor, hook: Any) -> Tensor:
+        fired.add(site)
+        return edit(tensor.clone())
+
+    return hook
+
+
+def _keep(kept: dict[str, Tensor]) -> Callable[..., None]:
+    def hook(tensor: Tensor, hook: Any) -> None:
+        kept["resid_pre"] = tensor
+
+    return hook
+
+
+def _edit_mid(site: Site, edit: Edit, kept: dict[str, Tensor], fired: set[Site]) -> Callable[..., Tensor]:
+    def hook(tensor: Tensor, hook: Any) -> Tensor:
+        fired.add(site)
+        return edit(kept["resid_pre"] + tensor) - kept["resid_pre"]
+
+    return hook
+
+
+def _read(site: Site, acts: dict[Site, Tensor], pool: Pool | None) -> Callable[..., None]:
+    def hook(tensor: Tensor, hook: Any) -> None:
+        acts[site] = pool(tensor) if pool is not None else tensor.clone()
+
+    return hook
+
+
+def _keeper(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Callable[..., None]:
+    def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, dict(kwargs)))
+
+    return keep
+
+
+def _repeat(value: Any, captured: int, wanted: int) -> Any:
+    """Repeat a captured tensor along a batch that grew; tensors without the batch axis stay as they are."""
+    if isinstance(value, tuple):
+        return tuple(_repeat(entry, captured, wanted) for entry in value)
+    if (
+        isinstance(value, Tensor)
+        and value.ndim
+        and value.shape[0] == captured
+        and wanted != captured
+        and captured > 1
+    ):
+        return value.repeat(wanted // captured, *([1] * (value.ndim - 1)))
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_model(
+    source: str | Path | tuple[Any, Any],
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    copy: bool = True,
+    name: str | None = None,
+) -> Model:
+    """Load a checkpoint with raw weights.
+
+    Args:
+        source: a hub id, `ID@REVISION`, a folder, or `(hf_model, tokenizer)`.
+        revision: hub revision; the part after `@` says the same.
+        dtype: a name such as float32; the checkpoint's own by default.
+        device: cpu, cuda, mps; the best there is by default.
+        adapter: a LoRA/PEFT folder, merged into the weights (`peft` extra).
+        trust_remote_code: run code that comes with the checkpoint.
+        copy: deep-copy a model that was handed over, because loading rewires it; False to hand it over for good.
+        name: what to call it; the source by default.
+
+    Raises:
+        InputError: nothing loadable is there; the message says why.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"unknown dtype '{dtype}': expected one of {', '.join(DTYPES)}; choose one of these")
+    if isinstance(source, tuple):
+        hf_model, tokenizer = source
+        label = name or type(hf_model).__name__
+        hf_model = copying.deepcopy(hf_model) if copy else hf_model
+    else:
+        path, _, tagged = str(source).partition("@") if not Path(source).exists() else (str(source), "", "")
+        revision = revision or tagged or None
+        label = name or str(source)
+        hf_model, tokenizer = _from_pretrained(path, revision, dtype, trust_remote_code)
+    if adapter is not None:
+        hf_model = _with_adapter(hf_model, adapter)
+        label = name or f"{label}+{Path(adapter).name}"
+    if dtype is not None:
+        hf_model = hf_model.to(DTYPES[dtype])
+    hf_model.eval()
+    weights = _weights_digest(hf_model)
+    config = {key: value for key, value in hf_model.config.to_dict().items() if key not in _IDLE_CONFIG}
+    bridge = _boot(hf_model, tokenizer, device or _best_device(), label)
+    model = Model(label, bridge, tokenizer, revision, weights, json.loads(json.dumps(config, default=str)))
+    return model
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _from_pretrained(
+    path: str, revision: str | None, dtype: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    folder = Path(path)
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"'{path}' is no checkpoint folder: got no config.json in it, expected config.json, safetensors and "
+                "tokenizer files; check the path"
+            )
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+        raise InputError(f"no model at '{path}': no such folder, and no hub id has this form; check the path")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        hf_model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype] if dtype else "auto", use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"cannot load a model from '{path}' ({reason}): expected a folder or hub id of a causal language model "
+            "with safetensors and a tokenizer; check the name, or download it first"
+        ) from None
+    return hf_model, tokenizer
+
+
+def _with_adapter(hf_model: Any, adapter: str | Path) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise InputError(
+            "an adapter was given but the package peft is not installed: expected the extra; pip install 'empathy-probes[peft]'"
+        ) from None
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise InputError(
+            f"'{adapter}' is no adapter folder: got no adapter_config.json in it, expected a PEFT adapter; check the path"
+        )
+    try:
+        return PeftModel.from_pretrained(hf_model, str(adapter)).merge_and_unload()
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"the adapter '{adapter}' does not fit its base model ({reason}): expected an adapter made for this "
+            "architecture; choose the base it was trained on"
+        ) from None
+
+
+def _boot(hf_model: Any, tokenizer: Any, device: str, label: str) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    # A fresh config may lack this, and several adapters are chosen by it alone.
+    hf_model.config.architectures = [type(hf_model).__name__]
+    # The bridge would otherwise reload the tokenizer by name and drop its chat template and added tokens.
+    kept = copying.deepcopy(tokenizer)
+    kept.init_kwargs.setdefault("name_or_path", label)
+    kept.init_kwargs["add_bos_token"] = True
+    try:
+        return TransformerBridge.boot_transformers(
+            "model",
+            hf_model=hf_model.to(device),
+            tokenizer=kept,
+            dtype=next(hf_model.parameters()).dtype,
+            device=device,
+        )
+    except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(
+            f"TransformerLens cannot run '{label}' ({type(hf_model).__name__}: {reason}), expected an architecture it "
+            "supports; choose another model"
+        ) from None
+
+
+def _weights_digest(hf_model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(hf_model.named_parameters()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

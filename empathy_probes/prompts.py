@@ -1,0 +1,181 @@
+"""Rendering: from a stimulus to token ids and read positions, under a template.
+
+`raw` is the plain text with the special tokens the tokenizer itself adds; `chat` is the tokenizer's own chat
+template. Message positions are found by rendering with a placeholder, spans by offset mapping, and both are
+verified by decoding; no tag is ever typed by hand. At most one BOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from empathy_probes.errors import InputError
+from empathy_probes.stimuli import Message, Stimulus, StimulusSet
+
+Style = Literal["raw", "chat"]
+_PLACEHOLDER = "\u2063placeholder\u2063"
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """One stimulus as a model sees it."""
+
+    item: str
+    """Id of the stimulus."""
+    text: str
+    ids: tuple[int, ...]
+    read: tuple[int, ...]
+    """Token positions that are averaged; one for `last` and `message`."""
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer carries a chat template of its own."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def render(tokenizer: Any, stimuli: StimulusSet, style: Style, speaker: str) -> tuple[RenderedPrompt, ...]:
+    """Render every text of a stimulus set.
+
+    The read position `last` is the last token of the rendered prompt. A chat prompt whose last turn is not
+    the assistant's ends with the template's generation prompt: the state from which the model answers.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        stimuli: what to render.
+        style: `raw` or `chat`.
+        speaker: whose state the texts carry; a plain text is that speaker's turn in a chat template.
+
+    Raises:
+        InputError: a span or message cannot be located in the tokens, or BOS would stand twice.
+    """
+    rendered, ranges = [], []
+    for item in stimuli.items:
+        text, where = _raw(item, stimuli) if style == "raw" else _chat(tokenizer, item, stimuli, speaker)
+        rendered.append(text)
+        ranges.append(where)
+    needs_offsets = stimuli.read_kind != "last"
+    if needs_offsets and not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"concept '{stimuli.concept}' is read at a {stimuli.read_kind}, and this tokenizer "
+            f"({type(tokenizer).__name__}) has no offset mapping: expected a fast tokenizer; read at 'last' instead"
+        )
+    encoded = tokenizer(
+        rendered,
+        add_special_tokens=style == "raw",
+        return_offsets_mapping=needs_offsets,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    prompts = []
+    for index, item in enumerate(stimuli.items):
+        ids = list(encoded["input_ids"][index])
+        if style == "raw":  # a sequence-end token that the tokenizer appends is not part of the text
+            special = encoded["special_tokens_mask"][index]
+            while len(ids) > 1 and special[len(ids) - 1]:
+                ids.pop()
+        _check_bos(tokenizer, ids, item, stimuli)
+        offsets = encoded["offset_mapping"][index][: len(ids)] if needs_offsets else None
+        read = _positions(tokenizer, ids, offsets, ranges[index], rendered[index], item, stimuli)
+        prompts.append(RenderedPrompt(item.id, rendered[index], tuple(ids), read))
+    return tuple(prompts)
+
+
+def render_texts(tokenizer: Any, texts: Sequence[str]) -> tuple[RenderedPrompt, ...]:
+    """Plain texts, each read at its last token, as `raw` renders them."""
+    items = tuple(Stimulus(f"text-{i}", f"text-{i}", (), text, 0.0) for i, text in enumerate(texts))
+    return render(tokenizer, StimulusSet("texts", items, "binary", "last"), "raw", "user")
+
+
+def _raw(item: Stimulus, stimuli: StimulusSet) -> tuple[str, tuple[int, int] | None]:
+    if stimuli.read_kind == "span":
+        start = item.text.index(str(item.read))
+        return item.text, (start, start + len(str(item.read)))
+    if stimuli.read_kind == "message":
+        chosen = int(item.read or 0)
+        start = sum(len(message.content) + 1 for message in item.messages[:chosen])
+        return item.text, (start, start + len(item.messages[chosen].content))
+    return item.text, None
+
+
+def _chat(
+    tokenizer: Any, item: Stimulus, stimuli: StimulusSet, speaker: str
+) -> tuple[str, tuple[int, int] | None]:
+    role = "assistant" if speaker == "assistant" else "user"
+    messages = item.messages or (Message(role, item.text),)
+    text = _apply(tokenizer, messages, item, stimuli)
+    if stimuli.read_kind == "last":
+        return text, None
+    if stimuli.read_kind == "message":
+        chosen, wanted = int(item.read or 0), messages[int(item.read or 0)].content
+    else:
+        wanted = str(item.read)
+        chosen = next((i for i, message in enumerate(messages) if wanted in message.content), -1)
+        if chosen < 0:
+            raise InputError(
+                f"concept '{stimuli.concept}', item '{item.id}': the span {wanted!r} crosses turns, expected it within "
+                "one message; choose a span of one turn"
+            )
+    # The turn's place is where a placeholder lands, so a tag or an earlier turn with the same words cannot be hit.
+    marked = [Message(m.role, _PLACEHOLDER) if i == chosen else m for i, m in enumerate(messages)]
+    start = _apply(tokenizer, tuple(marked), item, stimuli).find(_PLACEHOLDER)
+    content = messages[chosen].content.strip()
+    if start < 0 or not text[start:].startswith(content):
+        raise InputError(
+            f"concept '{stimuli.concept}', item '{item.id}': turn {chosen} cannot be located in the rendered chat "
+            "template, expected its content unchanged; use --template raw for this tokenizer"
+        )
+    offset = content.find(wanted.strip())
+    return text, (start + offset, start + offset + len(wanted.strip()))
+
+
+def _apply(tokenizer: Any, messages: tuple[Message, ...], item: Stimulus, stimuli: StimulusSet) -> str:
+    from jinja2 import TemplateError
+
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=messages[-1].role != "assistant"
+        )
+    except (TemplateError, ValueError) as error:
+        raise InputError(
+            f"concept '{stimuli.concept}', item '{item.id}': the chat template refuses the turns "
+            f"{', '.join(m.role for m in messages)} ({error}), expected turns it accepts; use --template raw or other turns"
+        ) from None
+
+
+def _check_bos(tokenizer: Any, ids: list[int], item: Stimulus, stimuli: StimulusSet) -> None:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if not ids:
+        raise InputError(
+            f"concept '{stimuli.concept}', item '{item.id}' has no tokens: expected at least one; write a longer text"
+        )
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise InputError(
+            f"concept '{stimuli.concept}', item '{item.id}': BOS stands twice at the start, expected once; remove the "
+            f"literal {tokenizer.bos_token!r} from the text or from the chat template"
+        )
+
+
+def _positions(
+    tokenizer: Any,
+    ids: list[int],
+    offsets: Sequence[tuple[int, int]] | None,
+    where: tuple[int, int] | None,
+    text: str,
+    item: Stimulus,
+    stimuli: StimulusSet,
+) -> tuple[int, ...]:
+    if where is None or offsets is None:
+        return (len(ids) - 1,)
+    start, end = where
+    covered = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
+    decoded = tokenizer.decode([ids[i] for i in covered]) if covered else ""
+    # Tokens may carry a space or a piece of a neighbouring word: the span has to be inside, spaces aside.
+    if not covered or "".join(text[start:end].split()) not in "".join(decoded.split()):
+        raise InputError(
+            f"concept '{stimuli.concept}', item '{item.id}': the tokens of {text[start:end]!r} decode to {decoded!r}, "
+            "expected the span itself; choose another span or read at 'last'"
+        )
+    return covered[-1:] if stimuli.read_kind == "message" else covered

@@ -1,0 +1,364 @@
+"""A study as one HTML file that opens anywhere, offline.
+
+The page is made from the saved tables and the manifest alone, and from nothing that changes between two runs (no
+clock, no random ids), so the same study gives the same bytes. Every figure is in it twice: drawn by plotly for the
+screen, and as an SVG image for print, for browsers without scripts and for readers of the source. All text is escaped,
+and a content security policy allows the page's own two scripts and no connection at all.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from empathy_probes import plots, tables, wording
+from empathy_probes.drawing import svg
+from empathy_probes.store import write_file
+
+
+@runtime_checkable
+class Tables(Protocol):
+    """What the report reads of a study."""
+
+    @property
+    def name(self) -> str:
+        """Title."""
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """Versions, models, concepts, options, headlines: plain data."""
+
+    @property
+    def tables(self) -> Mapping[str, pd.DataFrame]:
+        """The contract's tables by file stem."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure of the page."""
+
+    id: str
+    """Fixed id of its element."""
+    alt: str
+    """What a reader who cannot see it is told."""
+    caption: str
+    """Below it: what, where, n."""
+    image: str
+    """SVG as a data URI; inside an image, no script of an SVG ever runs."""
+    data: Markup
+    """The plotly figure as JSON that is safe inside a script element."""
+    height: int
+    """Height of the plotly figure in pixels."""
+    legend: tuple[tuple[str, str, str], ...]
+    """Name, colour and dash of every curve: as text, because a legend of plotly's does not fit on a phone."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page."""
+
+    id: str
+    """Anchor."""
+    title: str
+    """Heading."""
+    body: Markup
+    """Content."""
+    entries: tuple[tuple[str, str], ...] = ()
+    """Anchors and names of what the table of contents lists below it."""
+
+
+def render_report(study: Tables) -> str:
+    """The report of a study as HTML; equal studies give equal text.
+
+    Args:
+        study: anything with `name`, `manifest` and `tables`.
+    """
+    sections = [
+        section for name in _table_names(study) for section in SECTIONS.get(name, _plain_table(name))(study)
+    ]
+    script = _template_text("report.js")
+    scripts = (plotly_js(), script)
+    flags = sorted({f for frame in study.tables.values() if "flags" in frame for v in frame["flags"].unique() for f in
+                    wording.split_flags(v)})  # fmt: skip
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            study=study,
+            manifest=study.manifest,
+            headlines=_cards(study),
+            planted=_phantom(study),
+            overview=_overview(study, ("target", "control")),
+            sections=sections,
+            used_flags=flags,
+            models=_models(study.manifest),
+            scripts=[Markup(s) for s in scripts],
+            hashes=[_hash(s) for s in scripts],
+            css=Markup(_template_text("report.css")),
+            record=json.dumps(study.manifest, indent=1, ensure_ascii=False, default=str),
+        )
+    )
+
+
+def write_report(study: Tables, path: str | Path = "report.html") -> Path:
+    """Write the report whole or not at all.
+
+    Args:
+        study: anything with `name`, `manifest` and `tables`.
+        path: the file, or a folder to write `report.html` into.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
+        path = path / "report.html"
+    write_file(path, render_report(study).encode())
+    return path
+
+
+def finding_html(finding: Any) -> str:
+    """What a notebook shows of a result: its first figure as an image and its strength rows as a table.
+
+    Args:
+        finding: a result with `to_frame()`.
+    """
+    frame = finding.to_frame()
+    rows = frame[(frame["measure"] == "strength") & (frame["role"] == "target")]
+    image = _uri(svg(plots.plot(finding)))
+    return str(_parts().notebook(image, tables.table_rows(rows), tables.table_head(rows)))
+
+
+# ---- sections, one entry per table ------------------------------------------------------------------------
+
+
+def _concepts(study: Tables) -> list[Section]:
+    """One section per mechanism with its target concepts, then the controls and all rows."""
+    frame, concepts = study.tables["attenuation"], study.manifest.get("concepts", {})
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for card in _cards(study):
+        mechanism = str(concepts.get(card["concept"], {}).get("mechanism") or "other targets")
+        groups.setdefault(mechanism, []).append(card)
+    sections = []
+    for mechanism, cards in groups.items():
+        body = Markup("").join(_concept(study, card) for card in cards)
+        entries = tuple((card["anchor"], card["concept"]) for card in cards)
+        sections.append(
+            Section(f"mechanism-{_slug(mechanism)}", mechanism.replace("_", " ").capitalize(), body, entries)
+        )
+    controls = frame[frame["role"] == "control"]
+    body = _parts().controls(tables.control_rows(controls, _primary(study)), tables.CONTROL_HEAD)
+    sections.append(Section("controls", "Controls", body))
+    sections.append(Section("rows", "All rows", _parts().table("attenuation", *_head_and_rows(frame))))
+    return sections
+
+
+def _concept(study: Tables, card: dict[str, Any]) -> Markup:
+    frame = study.tables["attenuation"]
+    mine = frame[frame["concept"] == card["concept"]]
+    places = [
+        (str(t), str(s)) for t, s in mine[["template", "site"]].drop_duplicates().itertuples(index=False)
+    ]
+    places = [p for p in places if p[0] != "did" and p[1] != "text"]
+    places.sort(key=lambda p: (p != (card["template"], card["site"]), p))
+    pictures = [_picture(study, card, template, site) for template, site in places]
+    did = mine[(mine["template"] == "did") & (mine["measure"] == "strength")]
+    here = mine[(mine["template"] == card["template"]) & (mine["site"].isin([card["site"], "text"]))]
+    return _parts().concept(
+        card, study.manifest.get("concepts", {}).get(card["concept"], {}), pictures, tables.flag_list(here),
+        tables.did_rows(did),
+    )  # fmt: skip
+
+
+def _ledger(study: Tables) -> list[Section]:
+    frame = study.tables["ledger"].dropna(axis="columns", how="all")
+    head, rows = _head_and_rows(frame)
+    # Names of verdicts, stages and mechanisms are read here, not parsed; the concept keeps its exact name.
+    rows = [[name, *(replace(cell, text=cell.text.replace("_", " ")) for cell in row)] for name, *row in rows]
+    return [Section("ledger", "Verdicts", _parts().ledger(head, rows))]
+
+
+def _plain_table(name: str) -> Callable[[Tables], list[Section]]:
+    """Any table that has no section of its own is shown as it is."""
+
+    def section(study: Tables) -> list[Section]:
+        body = _parts().table(name, *_head_and_rows(study.tables[name]))
+        return [Section(_slug(name), name.replace("_", " ").capitalize(), body)]
+
+    return section
+
+
+SECTIONS: dict[str, Callable[[Tables], list[Section]]] = {
+    "ledger": _ledger,
+    "onset": lambda study: [],  # said in the cards and shaded in the figures; the table itself is in onset.csv
+    "attenuation": _concepts,
+}
+"""Table name → its sections, in the order of the page; later tables add one entry each."""
+
+
+def _table_names(study: Tables) -> list[str]:
+    known = [name for name in SECTIONS if name in study.tables]
+    return [*known, *sorted(set(study.tables) - set(known))]
+
+
+# ---- what the sections are made of ------------------------------------------------------------------------
+
+
+def _cards(study: Tables) -> list[dict[str, Any]]:
+    """One card per target concept, worst first; other templates and sites of it are listed below its headline."""
+    by_concept: dict[str, list[dict[str, Any]]] = {}
+    for headline in study.manifest.get("headlines", []):
+        by_concept.setdefault(str(headline["concept"]), []).append(headline)
+    chosen, order = _primary(study), {"shared": 0, "raw": 1, "own": 2}
+    cards = []
+    for found in by_concept.values():
+        ranked = sorted(
+            found, key=lambda h: ((h["template"], h["site"]) != chosen, order.get(h["template"], 9))
+        )
+        cards.append(
+            wording.card(ranked[0], ranked[1:], study.manifest.get("options", {}), _n_controls(study))
+        )
+    cards.sort(key=lambda c: (c["rank"], c["concept"]))
+    for i, card in enumerate(cards):
+        card["anchor"] = f"concept-{i}-{_slug(card['concept'])}"
+    return cards
+
+
+def _n_controls(study: Tables) -> int:
+    frame = study.tables["attenuation"]
+    return int(frame.loc[frame["role"] == "control", "concept"].nunique())
+
+
+def _primary(study: Tables) -> tuple[str, str]:
+    """Template and site of the headlines."""
+    frame = study.tables["attenuation"]
+    sites = [str(s) for s in frame["site"].dropna().unique() if s != "text"]
+    return plots.headline_template(frame), sites[0] if sites else "resid_post"
+
+
+def _picture(study: Tables, card: dict[str, Any], template: str, site: str) -> Picture:
+    options = study.manifest.get("options", {})
+    margin, specific = wording.margins(options)
+    arguments: dict[str, Any] = {
+        "template": template, "site": site, "planted": study.manifest.get("planted"), "margin": margin,
+        "margin_specific": specific,
+    }  # fmt: skip
+    shown = (study.tables["attenuation"], study.tables.get("onset"), card["concept"])
+    alt = f"{card['concept']}, {template}, {site}, by layer: strength in both models, attenuation with its band, AUROC"
+    if (template, site) == (card["template"], card["site"]):
+        alt += f". {card['sentence']}"
+    name = f"figure-{card['anchor']}-{_slug(template)}-{_slug(site)}"
+    caption = f"{card['concept']} · {wording.TEMPLATES.get(template, template)} · {site} · n = {card['n']} scenarios"
+    return _make_picture(
+        name,
+        alt,
+        caption,
+        plots.attenuation_figure(*shown, **arguments),
+        plots.attenuation_plotly(*shown, **arguments),
+    )
+
+
+def _overview(study: Tables, roles: tuple[str, ...]) -> Picture:
+    template, site = _primary(study)
+    arguments: dict[str, Any] = {
+        "template": template, "site": site, "concepts": study.manifest.get("concepts", {}), "roles": roles,
+    }  # fmt: skip
+    frame = study.tables["attenuation"]
+    alt = "Heat map of the headline quantity of every concept at every layer; the numbers are in the table of all rows"
+    caption = (
+        f"Every concept at every layer ({wording.TEMPLATES.get(template, template)}, {site}): attenuation beyond the "
+        "controls where there are enough of them, plain attenuation otherwise. Worst first in each group. "
+        "● attenuated   ▲ amplified   = equivalent   – blank"
+    )
+    figures = plots.overview_figure(frame, **arguments), plots.overview_plotly(frame, **arguments)
+    return _make_picture("figure-overview", alt, caption, *figures)
+
+
+def _make_picture(name: str, alt: str, caption: str, static: Any, live: Any) -> Picture:
+    legend = [
+        (t.name, t.line.color, t.line.dash or "solid")
+        for t in live.data
+        if t.type == "scatter" and t.showlegend
+    ]
+    legend += [(shape.name, shape.fillcolor, "area") for shape in live.layout.shapes if shape.showlegend]
+    if legend:
+        live.update_layout(showlegend=False, margin_b=48, height=live.layout.height - 36)
+    return Picture(
+        name, alt, caption, _uri(svg(static)), _json(live.to_json()), int(live.layout.height), tuple(legend)
+    )
+
+
+def _phantom(study: Tables) -> dict[str, Any] | None:
+    planted = study.manifest.get("planted")
+    return wording.planted_and_found(planted, _cards(study)) if planted else None
+
+
+def _models(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Base beside aligned, one row per property."""
+    sides = [manifest.get("base", {}), manifest.get("aligned", {})]
+    keys = list(dict.fromkeys(key for side in sides for key in side))
+    return [(key.replace("_", " "), *(wording.plain(side.get(key)) for side in sides)) for key in keys]  # type: ignore[misc]
+
+
+def _head_and_rows(frame: pd.DataFrame) -> tuple[list[str], list[list[tables.Cell]]]:
+    return tables.table_head(frame), tables.table_rows(frame)
+
+
+# ---- escaping and embedding -------------------------------------------------------------------------------
+
+
+def _json(text: str) -> Markup:
+    """JSON that cannot end its script element: `<`, `>` and `&` as escapes, which mean the same in JSON."""
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _uri(image: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(image.encode()).decode()
+
+
+def _hash(script: str) -> str:
+    """What the content security policy knows a script by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-") or "x"
+
+
+@cache
+def plotly_js() -> str:
+    """The plotly library, which the page carries once."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("empathy_probes"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.globals["explain"] = wording.explain
+    environment.globals["glossary"] = wording.FLAGS
+    environment.filters["plain"] = wording.plain
+    return environment
+
+
+def _template_text(name: str) -> str:
+    loader = _environment().loader
+    assert loader is not None  # set three lines above
+    return loader.get_source(_environment(), name)[0]
+
+
+def _parts() -> Any:
+    return _environment().get_template("parts.html.j2").module

@@ -1,0 +1,340 @@
+"""Numbers with intervals: signed ratios, sign-multiplier draws, AUROC, folds.
+
+Method. Ratios of signals that may vanish are bounded by inverting the test of aligned = x base (Fieller).
+Simultaneous statements multiply each scenario's influence on an estimate by a random sign that is the same for
+every layer and concept it enters, and take a quantile of the largest studentised sum. The AUROC is the
+Mann-Whitney statistic with a delete-one-scenario variance. Everything is float64; NaN stands for a blank.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int8
+from scipy import stats as distributions
+
+from empathy_probes.errors import InputError
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number with its 95 % interval."""
+
+    value: float
+    lower: float
+    upper: float
+    n: int
+    """Independent units (scenarios) behind it."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Numbers with intervals along leading axes, mostly layers; NaN stands for a blank."""
+
+    value: Float[np.ndarray, "..."]
+    lower: Float[np.ndarray, "..."]
+    upper: Float[np.ndarray, "..."]
+
+    def at(self, index: int, n: int) -> Estimate:
+        """The estimate at one position of a one-axis curve, with its number of units."""
+        return Estimate(float(self.value[index]), float(self.lower[index]), float(self.upper[index]), n)
+
+
+def critical_t(
+    degrees: Float[np.ndarray, "..."] | int, level: float = LEVEL
+) -> Float[np.ndarray, "..."]:
+    """Two-sided critical value of Student's t."""
+    return np.asarray(distributions.t.ppf(0.5 + level / 2, degrees), dtype=float)
+
+
+def _real_roots(c2: np.ndarray, c1: np.ndarray, c0: np.ndarray) -> list[np.ndarray]:
+    """Both real roots of c2 x^2 + c1 x + c0 without cancellation; NaN where there is none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        q = -0.5 * (c1 + np.where(c1 < 0, -1.0, 1.0) * np.sqrt(c1**2 - 4 * c2 * c0))
+        return [np.where(c2 == 0, np.nan, q / c2), np.where(q == 0, 0.0, c0 / q)]
+
+
+def invert_quadratics(
+    numerator: tuple[np.ndarray, np.ndarray, np.ndarray],
+    smooth: tuple[np.ndarray, np.ndarray, np.ndarray],
+    clipped: tuple[np.ndarray, np.ndarray, np.ndarray],
+    floor: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hull of {x >= floor : p(x) <= q(x) + max(r(x), 0)} for quadratics p, q, r (constant, linear, square).
+
+    Exact: the answer can only change at a root of r, of p - q or of p - q - r, so one point between each two
+    neighbouring roots decides. Both ends are NaN where the set is empty.
+    """
+    p, q, r = (np.stack(np.broadcast_arrays(*piece)).astype(float) for piece in (numerator, smooth, clipped))
+    roots = [x for c in (r, p - q, p - q - r) for x in _real_roots(c[2], c[1], c[0])]
+    # A point where nothing changes does no harm, so absent roots may stand anywhere.
+    edges = np.stack([np.where(np.isfinite(x), np.maximum(x, floor), max(floor, 0.0)) for x in roots])
+    edges = np.sort(edges, axis=0)
+    lefts = np.concatenate([np.full_like(edges[:1], floor), edges])
+    rights = np.concatenate([edges, np.full_like(edges[:1], np.inf)])
+    with np.errstate(invalid="ignore"):
+        inside = (lefts + rights) / 2
+    inside[0] = np.where(np.isinf(lefts[0]), edges[0] - 1 - abs(edges[0]), inside[0])
+    inside[-1] = edges[-1] + 1 + abs(edges[-1])
+
+    def holds(x: np.ndarray) -> np.ndarray:
+        value = [c[0] + x * (c[1] + x * c[2]) for c in (p, q, r)]
+        return value[0] <= value[1] + np.maximum(value[2], 0)
+
+    member = holds(inside) & (rights > lefts)
+    lower = np.where(member, lefts, np.inf).min(axis=0)
+    upper = np.where(member, rights, -np.inf).max(axis=0)
+    return np.where(lower > upper, np.nan, lower), np.where(lower > upper, np.nan, upper)
+
+
+def fieller_ratio(
+    base: Float[np.ndarray, "..."],
+    aligned: Float[np.ndarray, "..."],
+    covariance: Float[np.ndarray, "model=2 model=2 ..."],
+    critical: Float[np.ndarray, "..."] | float,
+) -> Curve:
+    """aligned / base for two correlated estimates that may be of either sign, with Fieller's interval.
+
+    Blank (NaN) where |base| does not exceed `critical` standard errors: the ratio is then not bounded.
+    """
+    c2 = np.asarray(critical, dtype=float) ** 2
+    detected = base**2 > c2 * covariance[0, 0]
+    zero = np.zeros_like(np.asarray(base, dtype=float))
+    variance = (c2 * covariance[1, 1], -2 * c2 * covariance[0, 1], c2 * covariance[0, 0])
+    lower, upper = invert_quadratics(
+        (aligned**2, -2 * aligned * base, base**2), variance, (zero, zero, zero), -np.inf
+    )
+    ratio = aligned / np.where(detected, base, 1.0)
+    ends = np.fmin(lower, ratio), np.fmax(upper, ratio)
+    return Curve(*(np.where(detected, x, np.nan) for x in (ratio, *ends)))
+
+
+# ---------------------------------------------------------------- simultaneous statements
+
+
+def unit_signs(keys: Sequence[str], draws: int, seed: int) -> Int8[np.ndarray, "draws n"]:
+    """Random signs, one column per unit name: equal names get equal signs in every call with one seed."""
+    # An extendable hash is a random stream keyed by the name, without a generator per scenario.
+    streams = [hashlib.shake_256(f"{seed}\x1fsign\x1f{key}".encode()).digest((draws + 7) // 8) for key in keys]
+    bits = np.unpackbits(np.stack([np.frombuffer(stream, np.uint8) for stream in streams]), axis=1)
+    return (bits[:, :draws].T.astype(np.int8) * 2 - 1)
+
+
+def unit_normals(keys: Sequence[str], draws: int, seed: int) -> Float[np.ndarray, "draws n"]:
+    """Standard normal draws, one column per name, keyed like `unit_signs`."""
+    words = [hashlib.sha256(f"{seed}\x1fnormal\x1f{key}".encode()).digest()[:8] for key in keys]
+    columns = [np.random.default_rng(int.from_bytes(word, "big")).standard_normal(draws) for word in words]
+    return np.stack(columns, axis=1)
+
+
+def studentised_sums(
+    influence: Float[np.ndarray, "cell n"], signs: Int8[np.ndarray, "draws n"]
+) -> Float[np.ndarray, "draws cell"]:
+    """t-statistics of the sign-multiplied influences; cells without variance contribute 0.
+
+    M = X / sqrt((sum g^2 - X^2/n) n/(n-1)) with X = sum_s w_s g_s: each draw is divided by its own spread.
+    """
+    n = influence.shape[-1]
+    sums = signs.astype(float) @ influence.T
+    squares = (influence**2).sum(-1)
+    # Rounding can leave the residual at -1e-17 when all of a cell's variance sits in one unit.
+    residual = np.maximum(squares - sums**2 / n, 1e-12 * squares)
+    return np.divide(sums, np.sqrt(residual * n / (n - 1)), out=np.zeros_like(sums), where=squares > 0)
+
+
+def largest_quantile(
+    draws: Float[np.ndarray, "draws cell"], level: float = LEVEL, one_sided: bool = False
+) -> float:
+    """Quantile of the largest (absolute, unless one-sided) entry over cells; 0 when there is no cell."""
+    if draws.shape[1] == 0:
+        return 0.0
+    largest = draws.max(axis=1) if one_sided else abs(draws).max(axis=1)
+    return float(np.quantile(largest, level, method="higher"))
+
+
+def adjusted_p(
+    draws: Float[np.ndarray, "draws cell"], statistics: Float[np.ndarray, " m"]
+) -> Float[np.ndarray, " m"]:
+    """(1 + #{draws : max over cells |M| >= |t|}) / (draws + 1) for each statistic t."""
+    largest = np.sort(abs(draws).max(axis=1)) if draws.shape[1] else np.zeros(len(draws))
+    # The tolerance keeps an exact tie (t equal to its own draw) a tie after rounding.
+    beyond = len(largest) - np.searchsorted(largest, abs(statistics) * (1 - 1e-12), side="left")
+    return np.where(np.isnan(statistics), np.nan, (1 + beyond) / (len(largest) + 1))
+
+
+# ---------------------------------------------------------------- folds and counts
+
+
+def grouped_folds(groups: Sequence[str], n_folds: int, seed: int = 0) -> Int[np.ndarray, " n"]:
+    """Fold of every item, all items of a group in one fold, independent of the order of the items.
+
+    Raises InputError with fewer groups than folds.
+    """
+    names = sorted({str(group) for group in groups})
+    if not 2 <= n_folds <= len(names):
+        raise InputError(
+            f"{n_folds} folds were asked of {len(names)} scenarios, expected 2 to {len(names)}: "
+            "use fewer folds or more scenarios"
+        )
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}\x1f{name}".encode()).digest())
+    fold = {name: position % n_folds for position, name in enumerate(order)}
+    return np.array([fold[str(group)] for group in groups])
+
+
+def binomial_interval(successes: int, trials: int) -> Estimate:
+    """Proportion with its 95 % Wilson interval."""
+    interval = distributions.binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
+    return Estimate(successes / trials, float(interval.low), float(interval.high), trials)
+
+
+# ---------------------------------------------------------------- AUROC
+
+
+def auroc(scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, "..."]:
+    """Probability that a label-1 item scores above a label-0 item, ties counting one half."""
+    return _placements(scores, np.asarray(labels))[0].mean(axis=-1)
+
+
+def d_prime(area: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Separation in standard deviations that gives this AUROC: sqrt(2) Phi^-1(AUROC)."""
+    return np.asarray(np.sqrt(2) * distributions.norm.ppf(area))
+
+
+def _placements(
+    scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, "... positive"], Float[np.ndarray, "... negative"]]:
+    """Share of the other label that each item beats (for negatives: is beaten by), from mid-ranks."""
+    positive = labels == 1
+    p, q = int(positive.sum()), int((~positive).sum())
+    if p == 0 or q == 0:
+        raise InputError(f"{p} items have label 1 and {q} label 0, expected both: give texts of each label")
+    rank = distributions.rankdata(scores, axis=-1)
+    up = rank[..., positive] - distributions.rankdata(scores[..., positive], axis=-1)
+    down = rank[..., ~positive] - distributions.rankdata(scores[..., ~positive], axis=-1)
+    return up / q, 1 - down / p
+
+
+@dataclass(frozen=True)
+class _Jackknife:
+    value: Float[np.ndarray, "..."]
+    left_out: Float[np.ndarray, "... unit"]
+
+
+def _leave_one_out(
+    scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, " n"], groups: Sequence[str]
+) -> _Jackknife:
+    """AUROC with each scenario left out in turn."""
+    labels = np.asarray(labels)
+    up, down = _placements(scores, labels)
+    positive = labels == 1
+    p, q = up.shape[-1], down.shape[-1]
+    names, unit = np.unique([str(group) for group in groups], return_inverse=True)
+    wins = up.sum(axis=-1) * q
+    left_out = np.empty((*wins.shape, len(names)))
+    for s in range(len(names)):
+        a, b = unit[positive] == s, unit[~positive] == s
+        mine, others = scores[..., positive][..., a], scores[..., ~positive][..., b]
+        both = np.sign(mine[..., :, None] - others[..., None, :]) / 2 + 0.5
+        lost = up[..., a].sum(-1) * q + down[..., b].sum(-1) * p - both.sum((-2, -1))
+        left_out[..., s] = (wins - lost) / ((p - a.sum()) * (q - b.sum()))
+    return _Jackknife(wins / (p * q), left_out)
+
+
+def _covariance(first: _Jackknife, second: _Jackknife) -> Float[np.ndarray, "..."]:
+    """Jackknife covariance, with one imaginary scenario at chance added.
+
+    At AUROC 1 no scenario can move the estimate and the plain jackknife says "no error"; the imaginary one says
+    "not more than about 3.6/n below 1", the rule of three. At 0.5 it adds nothing.
+    """
+    n = first.left_out.shape[-1]
+    a, b = (x.left_out - x.left_out.mean(axis=-1, keepdims=True) for x in (first, second))
+    return (n - 1) / n * (a * b).sum(axis=-1) + (first.value - 0.5) * (second.value - 0.5) / n**2
+
+
+def _area_curve(jackknife: _Jackknife) -> Curve:
+    n = jackknife.left_out.shape[-1]
+    shrunk = (n * jackknife.value + 0.5) / (n + 1)
+    half = critical_t(n - 1) * np.sqrt(_covariance(jackknife, jackknife)) / (shrunk * (1 - shrunk))
+    ends = (distributions.logistic.cdf(distributions.logistic.ppf(shrunk) + sign * half) for sign in (-1, 1))
+    lower, upper = ends
+    value = jackknife.value
+    return Curve(
+        value,
+        np.where(value == 0, 0.0, np.fmin(lower, value)),
+        np.where(value == 1, 1.0, np.fmax(upper, value)),
+    )
+
+
+def auroc_interval(
+    scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, " n"], groups: Sequence[str]
+) -> Curve:
+    """AUROC with a 95 % delete-one-scenario interval.
+
+    The interval is symmetric on the logit scale, where the error near the ceiling is closer to normal than on
+    the AUROC's own; the centre is shrunk by one imaginary scenario at chance, so that it is finite at 1.
+    """
+    return _area_curve(_leave_one_out(scores, labels, groups))
+
+
+def auroc_difference(
+    base: Float[np.ndarray, "... n"],
+    aligned: Float[np.ndarray, "... n"],
+    labels: Int[np.ndarray, " n"],
+    groups: Sequence[str],
+) -> Curve:
+    """AUROC(aligned) - AUROC(base) on the same items, 95 % interval recovered from the two single ones (MOVER)."""
+    jackknives = [_leave_one_out(scores, labels, groups) for scores in (base, aligned)]
+    spread = [np.sqrt(_covariance(x, x)) for x in jackknives]
+    product = spread[0] * spread[1]
+    covariance = _covariance(*jackknives)
+    correlation = np.divide(covariance, product, out=np.zeros_like(product), where=product > 0)
+    return mover_difference(
+        _area_curve(jackknives[0]), _area_curve(jackknives[1]), correlation, (base == aligned).all(-1)
+    )
+
+
+def mover_difference(
+    base: Curve, aligned: Curve, correlation: Float[np.ndarray, "..."], identical: Bool[np.ndarray, "..."]
+) -> Curve:
+    """aligned - base from two intervals and the correlation of their estimates (Zou & Donner's MOVER)."""
+    r = np.clip(correlation, -1, 1)
+    difference = aligned.value - base.value
+
+    def reach(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.maximum(x**2 + y**2 - 2 * r * x * y, 0))
+
+    lower = difference - reach(aligned.value - aligned.lower, base.upper - base.value)
+    upper = difference + reach(aligned.upper - aligned.value, base.value - base.lower)
+    return Curve(*(np.where(identical, 0.0, x) for x in (difference, lower, upper)))
+
+
+def auroc_attenuation(
+    base: Float[np.ndarray, "... n"],
+    aligned: Float[np.ndarray, "... n"],
+    labels: Int[np.ndarray, " n"],
+    groups: Sequence[str],
+) -> tuple[Curve, Bool[np.ndarray, "..."]]:
+    """1 - d'(aligned) / d'(base) with Fieller's 95 % interval, and where both AUROCs exceed 0.98 (ceiling).
+
+    Blank where either AUROC is 0 or 1 (d' is infinite) or the base is not above chance. Identical scores: 0 [0, 0].
+    """
+    jackknives = [_leave_one_out(scores, labels, groups) for scores in (base, aligned)]
+    n = jackknives[0].left_out.shape[-1]
+    raw = np.stack([x.value for x in jackknives])
+    finite = ((raw > 0) & (raw < 1)).all(axis=0)
+    area = np.where(finite, raw, 0.75)
+    slope = np.sqrt(2) / distributions.norm.pdf(distributions.norm.ppf(area))
+    cells = [
+        [_covariance(a, b) * slope[i] * slope[j] for j, b in enumerate(jackknives)]
+        for i, a in enumerate(jackknives)
+    ]
+    ratio = fieller_ratio(d_prime(area[0]), d_prime(area[1]), np.array(cells), critical_t(n - 1))
+    same = (base == aligned).all(axis=-1)
+    # Below chance there is nothing to attenuate either, however surely it is below.
+    shown = finite & (raw[0] > 0.5)
+    ends = (1 - ratio.value, 1 - ratio.upper, 1 - ratio.lower)
+    curve = Curve(*(np.where(same, 0.0, np.where(shown, x, np.nan)) for x in ends))
+    return curve, np.asarray((raw > 0.98).all(axis=0))

@@ -1,0 +1,392 @@
+"""Texts with labels, scenarios and read positions: the stimuli file, as plain data.
+
+One line of a stimuli file is one text of one scenario. A scenario is the unit of every split, fold and
+resample; lines that share a `cluster` (scenarios written from one topic or frame family) share a unit.
+The format is the contract of the architecture page: JSON Lines, or CSV and Parquet with the same columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from empathy_probes.errors import InputError
+
+FIELDS = ("id", "scenario", "text", "messages", "label", "concept", "frame", "cluster", "read", "readout")
+ROLES = ("system", "user", "assistant")
+LabelKind = Literal["binary", "graded", "categorical"]
+ReadKind = Literal["last", "span", "message"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """system, user or assistant."""
+    content: str
+
+
+@dataclass(frozen=True)
+class ReadoutSpec:
+    """What one number per example is read from the model's answer (nats)."""
+
+    kind: Literal["answers", "continuations"]
+    """Two sets of next tokens, or two continuations."""
+    expressive: tuple[str, ...]
+    """Answers (or the one continuation) that express the concept."""
+    attenuated: tuple[str, ...]
+    """Answers (or the one continuation) that do not."""
+
+
+@dataclass(frozen=True)
+class Stimulus:
+    """One text of one scenario."""
+
+    id: str
+    scenario: str
+    messages: tuple[Message, ...]
+    """The turns of a chat item; empty where the item is a plain `text`."""
+    text: str
+    """The plain text; for chat items the contents joined by newlines."""
+    label: float | str
+    frame: str = ""
+    cluster: str = ""
+    read: str | int | None = None
+    """None: last token. A string: mean over that span. An integer: last token of that message."""
+    readout: ReadoutSpec | None = None
+
+    @property
+    def unit(self) -> str:
+        """The unit of resampling: the cluster where one is given, else the scenario."""
+        return self.cluster or self.scenario
+
+
+@dataclass(frozen=True)
+class StimulusSet:
+    """All texts of one concept."""
+
+    concept: str
+    items: tuple[Stimulus, ...]
+    kind: LabelKind
+    read_kind: ReadKind
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Units of resampling in order of first appearance."""
+        return tuple(dict.fromkeys(item.unit for item in self.items))
+
+    @property
+    def n_scenarios(self) -> int:
+        """The number of units that every interval counts."""
+        return len(self.units)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that can change a number: texts, labels, scenarios, read positions."""
+        plain = [self.concept, self.kind, self.read_kind, [asdict(item) for item in self.items]]
+        return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def load_stimuli(path: str | Path) -> tuple[StimulusSet, ...]:
+    """Read a stimuli file: one `StimulusSet` per concept in it.
+
+    Args:
+        path: `.jsonl`, `.csv` or `.parquet`. A file's concept is its stem unless its lines say `concept`.
+
+    Raises:
+        InputError: the file is missing, empty, not UTF-8, or a line breaks the format; the message names
+            file, line, field and remedy.
+    """
+    path = Path(path)
+    rows = _read_rows(path)
+    if not rows:
+        raise InputError(
+            f"{path} holds no stimuli: got an empty file, expected one JSON object per line; add at least two labelled texts per scenario"
+        )
+    grouped: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for number, row in rows:
+        concept = row.get("concept", path.stem)
+        if not isinstance(concept, str) or not concept:
+            raise _bad(
+                path, number, "concept", concept, "a non-empty string", "name the concept or drop the field"
+            )
+        grouped.setdefault(concept, []).append((number, row))
+    return tuple(_stimulus_set(concept, numbered, path) for concept, numbered in grouped.items())
+
+
+def stimuli_from_rows(rows: Sequence[Mapping[str, Any]], concept: str) -> StimulusSet:
+    """The same as `load_stimuli` for rows that are already in memory, all of one concept.
+
+    >>> rows = [{"id": f"{s}{y}", "scenario": s, "text": f"{s} {y}", "label": y} for s in "ab" for y in (0, 1)]
+    >>> stimuli_from_rows(rows, "demo").n_scenarios
+    2
+    """
+    return _stimulus_set(concept, list(enumerate(rows, start=1)), Path(f"<{concept}>"))
+
+
+def _bad(path: Path, number: int, field: str, got: object, expected: str, remedy: str) -> InputError:
+    shown = repr(got)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return InputError(f"{path}, line {number}, field '{field}': got {shown}, expected {expected}; {remedy}")
+
+
+def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    if not path.is_file():
+        raise InputError(
+            f"no stimuli file at {path}: expected a .jsonl, .csv or .parquet file; check the path"
+        )
+    if path.suffix == ".jsonl":
+        return _read_json_lines(path)
+    if path.suffix in {".csv", ".parquet"}:
+        return _read_table(path)
+    raise InputError(
+        f"{path} has suffix '{path.suffix}': expected .jsonl, .csv or .parquet; rename or convert the file"
+    )
+
+
+def _read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8: byte {error.start} cannot be decoded, expected UTF-8 text; save the file as UTF-8"
+        ) from None
+    rows = []
+    # Split on \n only: str.splitlines would also cut at U+2028 inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): expected one object per "
+                "line; fix or remove the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{path}, line {number} is a JSON {type(row).__name__}: expected an object with the fields id, "
+                "scenario, text and label; fix or remove the line"
+            )
+        rows.append((number, row))
+    return rows
+
+
+def _read_table(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 ({error.reason}): expected UTF-8 text; save the file as UTF-8"
+        ) from None
+    except pd.errors.EmptyDataError:
+        return []
+    except (pd.errors.ParserError, ImportError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as {path.suffix[1:]} ({error}): expected a table with the stimuli columns; repair it"
+        ) from None
+    rows = []
+    for offset, record in enumerate(frame.to_dict(orient="records")):
+        row: dict[str, Any] = {}
+        for field, value in record.items():
+            if value is None or (isinstance(value, float) and math.isnan(value)):
+                continue
+            if field in {"messages", "read", "readout"} and isinstance(value, str) and value[:1] in "[{":
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise _bad(
+                        path, offset + 2, str(field), value, f"JSON ({error.msg})", "fix the cell"
+                    ) from None
+            row[str(field)] = value.item() if hasattr(value, "item") else value
+        rows.append((offset + 2, row))  # line 1 is the header
+    return rows
+
+
+def _stimulus_set(concept: str, rows: list[tuple[int, Mapping[str, Any]]], path: Path) -> StimulusSet:
+    items: list[Stimulus] = []
+    read_kinds: set[ReadKind] = set()
+    seen: dict[str, int] = {}
+    for number, row in rows:
+        item, read_kind = _stimulus(row, number, path)
+        if item.id in seen:
+            raise _bad(
+                path,
+                number,
+                "id",
+                item.id,
+                f"an id that line {seen[item.id]} does not have",
+                "make ids unique",
+            )
+        seen[item.id] = number
+        read_kinds.add(read_kind)
+        items.append(item)
+    if len(read_kinds) > 1:
+        raise InputError(
+            f"{path}, concept '{concept}': field 'read' got the kinds {', '.join(sorted(read_kinds))}, expected one "
+            "kind per file; split the file or read every line at the same kind of position"
+        )
+    kind = _label_kind(items, concept, path)
+    _check_scenarios(items, kind, concept, path)
+    return StimulusSet(concept, tuple(items), kind, read_kinds.pop())
+
+
+def _stimulus(row: Mapping[str, Any], number: int, path: Path) -> tuple[Stimulus, ReadKind]:
+    for field in row:
+        if field not in FIELDS:
+            raise _bad(
+                path, number, field, row[field], f"only the fields {', '.join(FIELDS)}", "remove the field"
+            )
+    for field in ("id", "scenario", "label"):
+        if field not in row:
+            raise _bad(path, number, field, "nothing", "a value", "add the field")
+    names = {}
+    for field in ("id", "scenario", "frame", "cluster"):
+        value = row.get(field, "")
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str) or (field in {"id", "scenario"} and not value):
+            raise _bad(path, number, field, row[field], "a non-empty string", "name it")
+        names[field] = value
+    label = row["label"]
+    if isinstance(label, bool) or not isinstance(label, int | float | str) or label == "":
+        raise _bad(path, number, "label", label, "a number or a non-empty string", "label the text")
+    if not isinstance(label, str):
+        label = float(label)
+        if not math.isfinite(label):
+            raise _bad(path, number, "label", label, "a finite number", "label the text")
+    messages, text = _content(row, number, path)
+    read, read_kind = _read_position(row.get("read", "last"), messages, text, number, path)
+    readout = _readout(row["readout"], number, path) if "readout" in row else None
+    item = Stimulus(
+        id=names["id"], scenario=names["scenario"], messages=messages, text=text, label=label,
+        frame=names["frame"], cluster=names["cluster"], read=read, readout=readout,
+    )  # fmt: skip
+    return item, read_kind
+
+
+def _content(row: Mapping[str, Any], number: int, path: Path) -> tuple[tuple[Message, ...], str]:
+    if ("text" in row) == ("messages" in row):
+        got = "both" if "text" in row else "neither"
+        raise _bad(path, number, "text", got, "exactly one of 'text' and 'messages'", "keep one of them")
+    if "text" in row:
+        text = row["text"]
+        if not isinstance(text, str) or not text.strip():
+            raise _bad(path, number, "text", text, "a non-empty string", "write the text or remove the line")
+        return (), text
+    turns = row["messages"]
+    expected = 'a list of {"role": "user", "content": "..."} objects'
+    if not isinstance(turns, list) or not turns:
+        raise _bad(path, number, "messages", turns, expected, "write the turns")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict) or set(turn) != {"role", "content"} or turn["role"] not in ROLES:
+            raise _bad(
+                path,
+                number,
+                "messages",
+                turn,
+                f"{expected} with a role among {', '.join(ROLES)}",
+                "fix the turn",
+            )
+        if not isinstance(turn["content"], str) or not turn["content"].strip():
+            raise _bad(path, number, "messages", turn, "a non-empty content", "write the turn or remove it")
+        messages.append(Message(turn["role"], turn["content"]))
+    return tuple(messages), "\n".join(message.content for message in messages)
+
+
+def _read_position(
+    spec: Any, messages: tuple[Message, ...], text: str, number: int, path: Path
+) -> tuple[str | int | None, ReadKind]:
+    if spec == "last":
+        return None, "last"
+    if isinstance(spec, dict) and set(spec) == {"span"} and isinstance(spec["span"], str) and spec["span"]:
+        count = text.count(spec["span"])
+        if count != 1:
+            raise _bad(path, number, "read", spec["span"], f"a substring that occurs once in the text (it occurs {count} times)", "choose a longer or another substring")  # fmt: skip
+        return spec["span"], "span"
+    if isinstance(spec, dict) and set(spec) == {"message"} and type(spec["message"]) is int:
+        if not 0 <= spec["message"] < len(messages):
+            raise _bad(
+                path,
+                number,
+                "read",
+                spec,
+                f"a message index from 0 to {len(messages) - 1}",
+                "name a message of this line",
+            )
+        return spec["message"], "message"
+    raise _bad(
+        path, number, "read", spec, '"last", {"span": "substring"} or {"message": i}', "use one of these"
+    )
+
+
+def _readout(spec: Any, number: int, path: Path) -> ReadoutSpec:
+    expected = (
+        '{"answers": [[" great", ...], [" awful", ...]]} or {"continuations": ["expressive", "attenuated"]}'
+    )
+    remedy = "write the readout in one of these forms"
+
+    def words(value: Any) -> bool:
+        return (
+            isinstance(value, list) and bool(value) and all(isinstance(word, str) and word for word in value)
+        )
+
+    if not isinstance(spec, dict) or len(spec) != 1 or set(spec) - {"answers", "continuations"}:
+        raise _bad(path, number, "readout", spec, expected, remedy)
+    kind, sides = next(iter(spec.items()))
+    if not isinstance(sides, list) or len(sides) != 2:
+        raise _bad(path, number, "readout", spec, expected, remedy)
+    if kind == "answers" and all(words(side) for side in sides):
+        return ReadoutSpec("answers", tuple(sides[0]), tuple(sides[1]))
+    if kind == "continuations" and words(sides):
+        return ReadoutSpec("continuations", (sides[0],), (sides[1],))
+    raise _bad(path, number, "readout", spec, expected, remedy)
+
+
+def _label_kind(items: list[Stimulus], concept: str, path: Path) -> LabelKind:
+    strings = {isinstance(item.label, str) for item in items}
+    labels = {item.label for item in items}
+    if len(strings) > 1:
+        raise InputError(
+            f"{path}, concept '{concept}': field 'label' mixes strings and numbers, expected one of the two; "
+            "use numbers for binary or graded labels and strings for categories"
+        )
+    if len(labels) < 2:
+        raise InputError(
+            f"{path}, concept '{concept}': every label is {labels.pop()!r}, expected at least two different labels; "
+            "add texts of the other label"
+        )
+    if strings == {True}:
+        return "categorical"
+    return "binary" if labels <= {0.0, 1.0} else "graded"
+
+
+def _check_scenarios(items: list[Stimulus], kind: LabelKind, concept: str, path: Path) -> None:
+    labels: dict[str, list[float | str]] = {}
+    clusters: dict[str, set[str]] = {}
+    for item in items:
+        labels.setdefault(item.scenario, []).append(item.label)
+        clusters.setdefault(item.scenario, set()).add(item.cluster)
+    for scenario, found in labels.items():
+        if len(set(found)) < 2:
+            expected = (
+                "at least one text of each label" if kind == "binary" else "texts of at least two labels"
+            )
+            raise InputError(
+                f"{path}, concept '{concept}', scenario '{scenario}': got {len(found)} text(s), all with label "
+                f"{found[0]!r}, expected {expected}; add the missing text or remove the scenario"
+            )
+        if len(clusters[scenario]) > 1:
+            raise InputError(
+                f"{path}, concept '{concept}', scenario '{scenario}': got the clusters "
+                f"{', '.join(sorted(clusters[scenario]))}, expected one cluster per scenario; give all its lines the same"
+            )

@@ -1,0 +1,465 @@
+"""Do the intervals of the method cover what they promise?  No model is needed.
+
+Contrast vectors are simulated directly: D = signal + noise in d dimensions, the noise with a falling spectrum
+(1/rank, so that a few directions dominate, as in residual streams), base and aligned noise correlated 0.8, the
+trace of the noise given as a multiple of the squared signal. Every table row is a proportion with its binomial
+95 % interval.
+
+    python scripts/simulations/coverage.py --replicates 1000 --seed 0 --out docs/simulations/coverage.csv
+    python scripts/simulations/coverage.py --quick
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from empathy_probes.contrasts import Contrast, compare
+from empathy_probes.controls import build_reference, gap_to
+from empathy_probes.decisions import judge
+from empathy_probes.kernels import fieller, is_strong, log_ratio, pair_kernels, strength_difference
+from empathy_probes.stats import (
+    auroc_difference,
+    auroc_interval,
+    binomial_interval,
+    critical_t,
+    largest_quantile,
+    unit_normals,
+    unit_signs,
+)
+
+DIMENSIONS = 48
+MODEL_CORRELATION = 0.8
+LAYERS = 12
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One proportion: `hits` of `trials` replicates, or a plain number in `value` where it is not a proportion."""
+
+    table: str
+    cell: str
+    metric: str
+    hits: int
+    trials: int
+    value: float | None = None
+
+    def row(self) -> dict[str, str]:
+        """As text, with the Wilson interval of a proportion."""
+        if self.value is not None:
+            numbers = [f"{self.value:.3f}", "", ""]
+        elif self.trials == 0:
+            numbers = ["", "", ""]
+        else:
+            e = binomial_interval(self.hits, self.trials)
+            numbers = [f"{x:.3f}" for x in (e.value, e.lower, e.upper)]
+        names = ("table", "cell", "metric", "value", "lower", "upper", "trials")
+        texts = (self.table, self.cell, self.metric, *numbers, str(self.trials))
+        return dict(zip(names, texts, strict=True))
+
+
+def share(table: str, cell: str, metric: str, hits: np.ndarray) -> Cell:
+    """The cell of a boolean array over replicates."""
+    return Cell(table, cell, metric, int(hits.sum()), int(hits.size))
+
+
+# ---------------------------------------------------------------- data
+
+
+def noise(rng: np.random.Generator, shape: tuple[int, ...], trace: float, heavy: bool) -> np.ndarray:
+    """Noise [..., n, d] with a 1/rank spectrum and this trace; heavy: multivariate t with 5 degrees of freedom."""
+    spectrum = 1 / np.arange(1, shape[-1] + 1)
+    draws = rng.standard_normal(shape) * np.sqrt(trace * spectrum / spectrum.sum())
+    if heavy:
+        draws *= np.sqrt(3 / rng.chisquare(5, shape[:-1]))[..., None]
+    return draws
+
+
+def signal(rng: np.random.Generator, replicates: int) -> np.ndarray:
+    """Unit vectors [replicates, 1, d], half of their square among the eight loudest noise directions."""
+    spectrum = np.where(np.arange(DIMENSIONS) < 8, 1 / 8, 1 / (DIMENSIONS - 8))
+    draws = rng.standard_normal((replicates, 1, DIMENSIONS)) * np.sqrt(spectrum)
+    return draws / np.linalg.norm(draws, axis=-1, keepdims=True)
+
+
+def simulate_pair(
+    rng: np.random.Generator, replicates: int, n: int, trace: float, keep: float, ratio: float, heavy: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Contrast vectors [replicates, n, d] of base and aligned; the aligned noise has trace * ratio."""
+    shape = (replicates, n, DIMENSIONS)
+    mu = signal(rng, replicates)
+    common, fresh = noise(rng, shape, trace, heavy), noise(rng, shape, trace, heavy)
+    r = MODEL_CORRELATION
+    aligned = np.sqrt(ratio) * (r * common + np.sqrt(1 - r**2) * fresh)
+    return mu + common, keep * mu + aligned
+
+
+def gram(vectors: np.ndarray) -> np.ndarray:
+    """D D^T along the last two axes."""
+    return vectors @ np.swapaxes(vectors, -1, -2)
+
+
+# ---------------------------------------------------------------- ratio of two strengths
+
+
+def naive_gap(base: np.ndarray, aligned: np.ndarray, folds: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Attenuation of the gap along a cross-fitted difference-of-means direction, and its paired t interval."""
+    n = base.shape[1]
+    gaps = []
+    for vectors in (base, aligned):
+        gap = np.empty(vectors.shape[:2])
+        for f in range(folds):
+            test = np.arange(n) % folds == f
+            direction = vectors[:, ~test].mean(axis=1)
+            direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
+            gap[:, test] = np.einsum("rnd,rd->rn", vectors[:, test], direction)
+        gaps.append(gap)
+    mean = [g.mean(axis=1) for g in gaps]
+    kept = mean[1] / mean[0]
+    error = (gaps[1] - kept[:, None] * gaps[0]).std(axis=1, ddof=1) / np.sqrt(n) / mean[0]
+    return kept, error
+
+
+def ratio_cell(rng: np.random.Generator, replicates: int, setting: dict, batch: int = 50) -> Iterator[Cell]:
+    """Coverage of every interval of the keep in one setting."""
+    n, keep = setting["n"], setting["keep"]
+    t = float(critical_t(n - 1))
+    columns: dict[str, list[np.ndarray]] = {}
+
+    def add(name: str, values: np.ndarray) -> None:
+        columns.setdefault(name, []).append(values)
+
+    for start in range(0, replicates, batch):
+        size = min(batch, replicates - start)
+        base, aligned = simulate_pair(rng, size, **setting)
+        pair = pair_kernels(gram(base), gram(aligned))
+        detected = pair.u[0] > t * pair.se[0]
+        both = is_strong(pair).all(axis=0)
+        only_aligned = is_strong(pair)[1] & detected
+        low, high = fieller(pair, t)
+        ratio = log_ratio(pair)
+        truth = np.log(keep) if keep > 0 else -np.inf
+        log_covers = abs(ratio.theta - truth) <= t * ratio.se
+        set_covers = (low <= keep) & (keep <= high)
+        add("detected", detected)
+        add("log", log_covers)
+        add("log_defined", ~np.isnan(ratio.theta))
+        add("fieller", set_covers)
+        add("log_share", both)
+        add("package", np.where(both, log_covers, set_covers))
+        add("written", np.where(only_aligned, log_covers, set_covers))
+        add("theta", ratio.theta - truth)
+        difference = strength_difference(pair)
+        gap = keep - 1
+        add("difference", (difference.lower <= gap) & (gap <= difference.upper))
+        kept, error = naive_gap(base, aligned)
+        add("naive", abs(kept - keep) <= t * error)
+        add("naive_bias", keep - kept)
+    c = {name: np.concatenate(parts) for name, parts in columns.items()}
+    name = ",".join(f"{k}={v}" for k, v in setting.items())
+    shown = c["detected"]
+    yield share("ratio", name, "base_detected", shown)
+    yield share("ratio", name, "log_form_used", c["log_share"][shown])
+    yield share("ratio", name, "package", c["package"][shown])
+    yield share("ratio", name, "form_by_aligned_only", c["written"][shown])
+    yield share("ratio", name, "fieller", c["fieller"][shown])
+    yield share("ratio", name, "log_where_positive", c["log"][shown & c["log_defined"]])
+    yield share("ratio", name, "difference", c["difference"])
+    yield share("ratio", name, "naive_gap", c["naive"])
+    yield Cell("ratio", name, "naive_gap_bias", 0, replicates, float(np.median(c["naive_bias"])))
+    if keep > 0:
+        strong = c["log_share"] & shown
+        bias = float(np.median(c["theta"][strong])) if strong.sum() > 30 else np.nan
+        yield Cell("ratio", name, "median_bias_theta_log_form", 0, int(strong.sum()), bias)
+
+
+RATIO_GRID = [
+    {"n": n, "trace": trace, "keep": keep, "ratio": ratio, "heavy": heavy}
+    for n, trace, keep, (ratio, heavy) in product(
+        (30, 60, 100, 200), (2.0, 8.0, 20.0), (1.0, 0.7, 0.25, 0.0), ((1.0, False), (2.0, False), (1.0, True))
+    )
+]
+QUICK_RATIO = [
+    {"n": 60, "trace": 8.0, "keep": keep, "ratio": 1.0, "heavy": heavy}
+    for keep, heavy in ((1.0, False), (0.25, False), (0.0, False), (0.7, True))
+]
+
+
+# ---------------------------------------------------------------- layers
+
+
+def walk(rng: np.random.Generator, shape: tuple[int, ...], trace: float, memory: float = 0.8) -> np.ndarray:
+    """Noise [layer, n, d] whose layers are an autoregressive chain."""
+    layers = [noise(rng, shape[1:], trace, False)]
+    for _ in range(shape[0] - 1):
+        layers.append(memory * layers[-1] + np.sqrt(1 - memory**2) * noise(rng, shape[1:], trace, False))
+    return np.stack(layers)
+
+
+def simulate_concept(
+    rng: np.random.Generator,
+    name: str,
+    n: int,
+    trace: float,
+    theta: np.ndarray,
+    shared: np.ndarray | None = None,
+) -> Contrast:
+    """A compared concept with log keep `theta` per layer.
+
+    `shared` is noise [2 layer n d] of scenarios that several concepts have in common; it makes up half of the
+    variance of each of them, and their keys are then equal.
+    """
+    shape = (len(theta), n, DIMENSIONS)
+    mu = signal(rng, len(theta))
+    walks = np.stack([walk(rng, shape, trace), walk(rng, shape, trace)])
+    if shared is not None:
+        walks = np.sqrt(0.5) * (walks + shared)
+    base, fresh = walks
+    r = MODEL_CORRELATION
+    keep = np.exp(theta)[:, None, None]
+    d_base = mu + base
+    d_aligned = keep * mu + np.sqrt(keep) * (r * base + np.sqrt(1 - r**2) * fresh)
+    owner = name if shared is None else "shared"
+    return compare(
+        name, [f"{owner}/{i}" for i in range(n)], np.stack([gram(d_base), gram(d_aligned)]), range(len(theta))
+    )
+
+
+def covers(contrast_low: np.ndarray, contrast_high: np.ndarray, truth: np.ndarray) -> bool:
+    """Whether a band holds the truth at every layer where it says anything."""
+    with np.errstate(invalid="ignore"):
+        out = (contrast_low > truth + 1e-12) | (contrast_high < truth - 1e-12)
+    return not out.any()
+
+
+def band_cell(
+    rng: np.random.Generator, replicates: int, n: int, trace: float, keep: float, draws: int
+) -> Iterator[Cell]:
+    """Family coverage of the simultaneous band of attenuation, its decisions, onset and peak sets."""
+    onset_layer = 5
+    theta = np.zeros(LAYERS)
+    theta[onset_layer:] = np.log(keep) if keep > 0 else -np.inf
+    theta[-1] = theta[-1] + np.log(0.8) if keep > 0 else -np.inf
+    attenuation = -np.expm1(theta)
+    rows: dict[str, list[float]] = {}
+    for i in range(replicates):
+        contrast = simulate_concept(rng, f"t{i}", n, trace, theta)
+        judged = judge([contrast], [], draws=draws, seed=i)[0]
+        wrong = [
+            (d == "attenuated" and a < 0.10) or d == "amplified" or (d == "equivalent" and a > 0.10)
+            for d, a in zip(judged.decision, attenuation, strict=True)
+        ]
+        members = judged.onset.members
+        hit = judged.onset.includes_none if keep == 1 else onset_layer in members
+        values = {
+            "band": covers(judged.band.lower, judged.band.upper, attenuation),
+            "pointwise": covers(contrast.attenuation.lower, contrast.attenuation.upper, attenuation),
+            "false_decision": any(wrong),
+            "onset_covers": hit,
+            "onset_size": len(members),
+            "onset_none": judged.onset.includes_none,
+            "power_all_layers": all(d == "attenuated" for d in judged.decision[onset_layer:]),
+        }
+        if keep not in (0, 1):
+            values |= {
+                "peak_covers": LAYERS - 1 in judged.peak.members,
+                "peak_size": len(judged.peak.members),
+            }
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value)
+    cell = f"n={n},trace={trace},keep={keep}"
+    for name, values in rows.items():
+        if name.endswith("_size"):
+            yield Cell("band", cell, name, 0, replicates, float(np.mean(values)))
+        else:
+            yield share("band", cell, name, np.array(values, dtype=bool))
+
+
+# ---------------------------------------------------------------- specific
+
+
+def rival_draws(
+    kind: str, target: Contrast, controls: list[Contrast], draws: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws of two other max-T recipes for `specific`: the largest |M| is compared with |t|, not with a normal z.
+
+    multiplier: the target's scenario signs plus one N(0,1) multiplier per control on its residual, divided by the
+    fixed standard error. studentised: the same, with mean and Hartung-Knapp variance recomputed in every draw.
+    """
+    pool = build_reference(controls).pool
+    theta = np.stack([c.theta for c in controls])
+    own = (
+        unit_signs(target.keys, draws, seed).astype(float)
+        @ target.influence.T
+        / np.sqrt(target.n * (target.n - 1))
+    )
+    k = len(controls)
+    residual = (theta - pool.mean) * np.sqrt(k / (k - 1))
+    xi = unit_normals([c.name for c in controls], draws, seed)
+    mean = np.einsum("dk,kl,kl->dl", xi, pool.weights, residual)
+    total = target.se**2 + pool.variance
+    if kind == "studentised":
+        drawn = xi[:, :, None] * residual
+        spread = (pool.weights * (drawn - mean[:, None, :]) ** 2).sum(axis=1) / (k - 1)
+        within = 1 / (1 / np.stack([c.se**2 for c in controls])).sum(axis=0)
+        total = target.se**2 + np.maximum(spread, within)
+    return (own - mean) / np.sqrt(total), gap_to(target, build_reference(controls), 0.0).t
+
+
+@dataclass(frozen=True)
+class Specific:
+    """One setting: k controls whose log keeps differ with standard deviation tau around a generic drift."""
+
+    k: int
+    tau: float
+    keep: float = 1.0
+    """What the target keeps beyond the drift, in the second half of the layers."""
+    together: bool = False
+    """Whether all concepts are written on the same scenarios."""
+    n: int = 60
+    trace: float = 4.0
+
+
+def specific_cell(rng: np.random.Generator, replicates: int, setting: Specific, draws: int) -> Iterator[Cell]:
+    """Coverage of specific pointwise and in the band; decisions about one more concept drawn like the controls."""
+    rows: dict[str, list[bool]] = {}
+
+    def add(name: str, value: bool) -> None:
+        rows.setdefault(name, []).append(bool(value))
+
+    k, tau, keep, n, trace = setting.k, setting.tau, setting.keep, setting.n, setting.trace
+    drift = -0.3 * np.linspace(0.2, 1, LAYERS)
+    half = LAYERS // 2
+    extra = np.zeros(LAYERS)
+    extra[half:] = np.log(keep) if keep > 0 else -np.inf
+    truth = -np.expm1(extra)
+    for i in range(replicates):
+        shape = (LAYERS, n, DIMENSIONS)
+        shared = np.stack([walk(rng, shape, trace) for _ in range(2)]) if setting.together else None
+        # A control's own deviation is much the same at neighbouring layers.
+        path = 0.9 * rng.standard_normal(k + 1)[:, None] + np.sqrt(0.19) * rng.standard_normal(
+            (k + 1, LAYERS)
+        )
+        controls = [
+            simulate_concept(rng, f"r{i}c{j}", n, trace, drift + tau * path[j], shared) for j in range(k)
+        ]
+        target = simulate_concept(rng, f"r{i}m", n, trace, drift + extra, shared)
+        judged = judge([target], controls, draws=draws, seed=i)[0]
+        low, high = judged.specific.lower, judged.specific.upper
+        inside = (low <= truth + 1e-12) & (high >= truth - 1e-12)
+        for value in inside[~np.isnan(low)]:
+            add("pointwise_each_layer", value)
+        add("pointwise_all_layers", covers(low, high, truth))
+        headline = np.array(judged.headline) == "specific"
+        add("band", covers(judged.band.lower[headline], judged.band.upper[headline], truth[headline]))
+        add("few_controls_somewhere", any("few_controls" in f for f in judged.flags))
+        if keep == 1:
+            for kind in ("multiplier", "studentised"):
+                drawn, t = rival_draws(kind, target, controls, draws, i)
+                add(f"band_{kind}", abs(t).max() <= largest_quantile(drawn))
+            one_more = simulate_concept(rng, f"r{i}x", n, trace, drift + tau * path[k], shared)
+            add("one_more_control_decided", any_decided(one_more, controls, draws, i))
+        else:
+            add("attenuated_at_every_late_layer", all(d == "attenuated" for d in judged.decision[half:]))
+            add("decided_early", any(d in ("attenuated", "amplified") for d in judged.decision[:half]))
+            add("onset_covers", half in judged.onset.members)
+    cell = ",".join(f"{name}={value}" for name, value in vars(setting).items())
+    for name, values in rows.items():
+        yield share("specific", cell, name, np.array(values))
+
+
+def any_decided(target: Contrast, controls: list[Contrast], draws: int, seed: int) -> bool:
+    """Whether anything is decided at any layer, the margin left aside."""
+    judged = judge([target], controls, margin=1e-9, draws=draws, seed=seed)[0]
+    return any(d in ("attenuated", "amplified") for d in judged.decision)
+
+
+# ---------------------------------------------------------------- AUROC
+
+
+def auroc_cell(rng: np.random.Generator, replicates: int, n: int, area: float) -> Iterator[Cell]:
+    """Coverage of the AUROC interval and of the paired difference; two texts of each label per scenario."""
+    from scipy.stats import norm
+
+    shift = np.sqrt(2) * norm.ppf(area)
+    labels = np.tile([0, 0, 1, 1], n)
+    groups = [str(i) for i in range(n) for _ in range(4)]
+    scenario = np.repeat(rng.standard_normal((2, replicates, n)), 4, axis=-1) * np.sqrt(0.3)
+    text = rng.standard_normal((2, replicates, 4 * n)) * np.sqrt(0.7)
+    text[1] = 0.8 * text[0] + 0.6 * text[1]
+    scenario[1] = 0.8 * scenario[0] + 0.6 * scenario[1]
+    scores = labels * shift + scenario + text
+    curve = auroc_interval(scores[0], labels, groups)
+    gap = auroc_difference(scores[0], scores[1], labels, groups)
+    cell = f"n={n},auroc={area}"
+    yield share("auroc", cell, "interval", (curve.lower <= area) & (area <= curve.upper))
+    yield share("auroc", cell, "difference", (gap.lower <= 0) & (gap.upper >= 0))
+    yield Cell("auroc", cell, "mean_width", 0, replicates, float((curve.upper - curve.lower).mean()))
+
+
+# ---------------------------------------------------------------- command line
+
+
+def run(replicates: int, seed: int, quick: bool) -> Iterator[Cell]:
+    """All cells, each with a generator of its own, so that one cell can be rerun alone."""
+    draws = 499
+    children = iter(np.random.SeedSequence(seed).spawn(1000))
+
+    def rng() -> np.random.Generator:
+        return np.random.default_rng(next(children))
+
+    for setting in QUICK_RATIO if quick else RATIO_GRID:
+        yield from ratio_cell(rng(), replicates, setting)
+    for n, area in product(
+        (60,) if quick else (30, 60, 200), (0.5, 0.9) if quick else (0.5, 0.7, 0.9, 0.98, 0.995)
+    ):
+        yield from auroc_cell(rng(), replicates, n, area)
+    bands = [(60, 4.0, 0.6)]
+    if not quick:
+        bands = list(product((30, 60, 120), (4.0,), (1.0, 0.6, 0.0))) + [
+            (60, 8.0, k) for k in (1.0, 0.6, 0.0)
+        ]
+    for n, trace, keep in bands:
+        yield from band_cell(rng(), replicates, n, trace, keep, draws)
+    settings = [Specific(8, 0.1)]
+    if not quick:
+        settings = [Specific(k, tau) for k in (6, 8) for tau in (0.0, 0.05, 0.15)] + [Specific(12, 0.05)]
+        settings += [Specific(8, 0.05, keep=0.5), Specific(8, 0.05, keep=0.0)]
+        settings += [Specific(8, 0.05, together=True), Specific(8, 0.05, keep=0.0, together=True)]
+    for setting in settings:
+        yield from specific_cell(rng(), replicates, setting, draws)
+
+
+def main() -> int:
+    """Print the table, and write it with --out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--replicates", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few cells only")
+    parser.add_argument("--out", type=Path, help="also write the table to this CSV file")
+    options = parser.parse_args()
+    rows = []
+    for cell in run(options.replicates, options.seed, options.quick):
+        rows.append(cell.row())
+        print(
+            "  ".join(f"{v:>6}" if k in ("value", "lower", "upper") else v for k, v in rows[-1].items()),
+            flush=True,
+        )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

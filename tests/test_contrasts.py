@@ -1,0 +1,359 @@
+"""Laws of comparing two models over layers: bands, controls, decisions, onset, peak, template."""
+
+import numpy as np
+import pytest
+
+from empathy_probes.contrasts import Contrast, compare, did, onset_set, peak_set
+from empathy_probes.controls import (
+    build_reference,
+    gap_to,
+    mean_covariances,
+    pool_controls,
+    specific_interval,
+)
+from empathy_probes.decisions import judge, judge_controls
+from empathy_probes.errors import InputError
+
+DIMENSIONS = 24
+DRAWS = 499
+
+
+def vectors(seed: int, n: int, layers: int, trace: float) -> np.ndarray:
+    """Noise [layer n d] that persists over layers, a few directions loud."""
+    rng = np.random.default_rng(seed)
+    spectrum = 1 / np.arange(1, DIMENSIONS + 1)
+    scale = np.sqrt(trace * spectrum / spectrum.sum())
+    chain = [rng.standard_normal((n, DIMENSIONS))]
+    for _ in range(layers - 1):
+        chain.append(0.8 * chain[-1] + 0.6 * rng.standard_normal((n, DIMENSIONS)))
+    return np.stack(chain) * scale
+
+
+def concept(
+    name: str,
+    keeps: list[float | None],
+    *,
+    seed: int,
+    n: int = 80,
+    trace: float = 2.0,
+    signal: float = 1.0,
+    owner: str | None = None,
+) -> Contrast:
+    """A compared concept that keeps `keeps` of its signal per layer; None: the two models are identical there."""
+    layers = len(keeps)
+    direction = np.random.default_rng([seed, 1]).standard_normal(DIMENSIONS)
+    mu = signal * direction / np.linalg.norm(direction)
+    noise, fresh = vectors(seed, n, layers, trace), vectors(seed + 10_000, n, layers, trace)
+    base = mu + noise
+    aligned = base.copy()
+    for i, keep in enumerate(keeps):
+        if keep is not None:
+            aligned[i] = keep * mu + 0.8 * noise[i] + 0.6 * fresh[i]
+    kernels = np.stack([x @ np.swapaxes(x, -1, -2) for x in (base, aligned)])
+    return compare(name, [f"{owner or name}/{i}" for i in range(n)], kernels, range(layers))
+
+
+def pool_of(keeps: list[float | None], k: int = 8, **options) -> list[Contrast]:
+    return [concept(f"control{j}", keeps, seed=100 + j, **options) for j in range(k)]
+
+
+# ---------------------------------------------------------------- one concept
+
+
+def test_fewer_than_thirty_scenarios_are_refused_and_fewer_than_sixty_flagged():
+    with pytest.raises(InputError, match="29 scenarios"):
+        concept("valence", [0.5], seed=0, n=29)
+    assert "small_n" in concept("valence", [0.5], seed=0, n=59).flags[0]
+    assert "small_n" not in concept("valence", [0.5], seed=0, n=60).flags[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "kernels", "message"),
+    [
+        (["a"] * 40, np.ones((2, 1, 40, 40)), "occur twice"),
+        ([str(i) for i in range(40)], np.full((2, 1, 40, 40), np.nan), "NaN"),
+        ([str(i) for i in range(40)], np.ones((2, 2, 40, 40)), "shape"),
+    ],
+)
+def test_unusable_kernels_are_refused_by_name(keys: list[str], kernels: np.ndarray, message: str):
+    with pytest.raises(InputError, match=message):
+        compare("valence", keys, kernels, [0])
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.0])
+def test_a_model_against_itself_gives_exactly_nothing(signal: float):
+    same = concept("valence", [None] * 3, seed=1, signal=signal)
+    controls = [concept(f"c{j}", [None] * 3, seed=20 + j, signal=signal) for j in range(6)]
+    for given in ([], controls[:1], controls):
+        judged = judge([same], given, draws=DRAWS)[0]
+        for curve in (same.difference, same.attenuation, judged.band):
+            np.testing.assert_array_equal([curve.value, curve.lower, curve.upper], 0)
+        if given:
+            np.testing.assert_array_equal([judged.specific.lower, judged.specific.upper], 0)
+        assert judged.decision == ("equivalent",) * 3
+        np.testing.assert_array_equal(judged.p_adjusted, 1)
+        assert judged.onset.members == () and judged.onset.includes_none
+    assert ("at_chance" in same.flags[0]) == (signal == 0)
+
+
+def test_planted_attenuation_is_found_where_it_was_planted():
+    target = concept("valence", [None, None, 0.4, 0.4], seed=2)
+    judged = judge([target], [], draws=DRAWS)[0]
+    assert judged.decision == ("equivalent", "equivalent", "attenuated", "attenuated")
+    assert judged.onset.members == (2,) and judged.onset.upper == 2
+    assert (target.attenuation.lower[2:] < 0.6).all() and (target.attenuation.upper[2:] > 0.6).all()
+
+
+def test_amplification_is_not_called_attenuation():
+    judged = judge([concept("valence", [1.0, 2.0], seed=3)], [], draws=DRAWS)[0]
+    assert judged.decision[1] == "amplified" and judged.onset.members == ()
+
+
+def test_a_concept_erased_to_nothing_is_attenuated_by_at_least_so_much():
+    target = concept("valence", [1.0, 0.0], seed=4)
+    assert target.form == ("log", "fieller")
+    assert np.isnan(target.attenuation.value[1]) and target.attenuation.upper[1] == 1
+    assert target.attenuation.lower[1] > 0.4 and {"weak_signal", "at_least"} <= set(target.flags[1])
+    assert judge([target], [], draws=DRAWS)[0].decision[1] == "attenuated"
+    assert judge([target], pool_of([1.0, 1.0]), draws=DRAWS)[0].decision[1] == "attenuated"
+
+
+def test_without_a_base_signal_nothing_is_said():
+    target = concept("valence", [1.0, 1.0], seed=5, signal=0.0)
+    judged = judge([target], pool_of([1.0, 1.0]), draws=DRAWS)[0]
+    for curve in (target.attenuation, judged.band, judged.specific):
+        assert np.isnan([curve.value, curve.lower, curve.upper]).all()
+    assert judged.decision == ("", "") and target.flags[0][0] == "base_not_detected"
+    assert np.isnan(judged.p_adjusted).all()
+
+
+def test_a_negative_aligned_signal_beyond_chance_is_incompatible():
+    base = concept("valence", [1.0], seed=6)
+    vectors_ = vectors(6, 80, 1, 2.0) + 1
+    kernel = vectors_ @ np.swapaxes(vectors_, -1, -2)
+    target = compare("valence", base.keys, np.stack([kernel, -kernel]), [0])
+    assert target.form == ("blank",) and target.flags[0] == ("incompatible",)
+    assert judge([target], [], draws=DRAWS)[0].decision == ("",)
+
+
+def test_scaling_or_rotating_both_models_changes_nothing():
+    rng = np.random.default_rng(7)
+    base, aligned = vectors(8, 60, 1, 2.0) + 1, 0.6 * vectors(8, 60, 1, 2.0) + 1
+    turn = np.linalg.qr(rng.standard_normal((DIMENSIONS, DIMENSIONS)))[0]
+    keys = [str(i) for i in range(60)]
+
+    def run(a: np.ndarray, b: np.ndarray) -> Contrast:
+        return compare("x", keys, np.stack([m @ np.swapaxes(m, -1, -2) for m in (a, b)]), [0])
+
+    plain, turned = run(base, aligned), run(base @ turn, aligned @ turn.T)
+    # A rotation only rounds; the ratio is compared at the accuracy of a cancelled variance.
+    np.testing.assert_allclose(turned.theta, plain.theta, rtol=1e-9)
+    np.testing.assert_allclose(turned.se, plain.se, rtol=1e-6)
+
+
+def test_the_simultaneous_band_contains_the_pointwise_interval():
+    target = concept("valence", [0.9, 0.7, 0.0], seed=9)
+    for controls in ([], pool_of([0.9, 0.9, 0.9])):
+        judged = judge([target], controls, draws=DRAWS)[0]
+        inner = judged.specific if controls else target.attenuation
+        assert (judged.band.lower <= inner.lower).all() and (judged.band.upper >= inner.upper).all()
+
+
+def test_an_embedding_layer_that_does_not_vary_costs_the_family_nothing():
+    with_it = concept("valence", [None, 0.8, 0.7], seed=10)
+    judged = judge([with_it], [], draws=DRAWS)[0]
+    part = compare("valence", with_it.keys, kernels_of(10, [0.8, 0.7]), [0, 1])
+    alone = judge([part], [], draws=DRAWS)[0]
+    np.testing.assert_allclose(judged.band.lower[1:], alone.band.lower, rtol=1e-9)
+
+
+def kernels_of(seed: int, keeps: list[float]) -> np.ndarray:
+    """The kernels of `concept` at the layers after an identical first one."""
+    direction = np.random.default_rng([seed, 1]).standard_normal(DIMENSIONS)
+    mu = direction / np.linalg.norm(direction)
+    noise, fresh = (vectors(s, 80, len(keeps) + 1, 2.0)[1:] for s in (seed, seed + 10_000))
+    aligned = np.array(keeps)[:, None, None] * mu + 0.8 * noise + 0.6 * fresh
+    return np.stack([x @ np.swapaxes(x, -1, -2) for x in (mu + noise, aligned)])
+
+
+def test_a_larger_family_has_wider_bands():
+    first, second = concept("a", [0.8, 0.7], seed=11), concept("b", [0.8, 0.7], seed=12)
+    alone, together = judge([first], [], draws=DRAWS)[0], judge([first, second], [], draws=DRAWS)[0]
+    assert (together.band.lower < alone.band.lower).all()
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    target, controls = concept("valence", [0.8, 0.7], seed=13), pool_of([0.9, 0.9])
+    first, second = (judge([target], controls, draws=DRAWS, seed=5)[0] for _ in range(2))
+    np.testing.assert_array_equal(first.band.lower, second.band.lower)
+    np.testing.assert_array_equal(first.p_adjusted, second.p_adjusted)
+
+
+# ---------------------------------------------------------------- controls
+
+
+def test_generic_drift_is_no_specific_attenuation():
+    target, controls = concept("valence", [0.6, 0.5], seed=14), pool_of([0.6, 0.5])
+    assert "attenuated" in judge([target], [], draws=DRAWS)[0].decision
+    judged = judge([target], controls, draws=DRAWS)[0]
+    assert judged.headline == ("specific",) * 2 and "attenuated" not in judged.decision
+    assert (judged.band.lower < 0).all() and (judged.band.upper > 0).all()
+
+
+def test_fewer_than_six_controls_are_printed_and_decide_nothing():
+    target = concept("valence", [0.3, 0.3], seed=15)
+    judged = judge([target], pool_of([1.0, 1.0], k=5), draws=DRAWS)[0]
+    assert judged.decision == ("", "") and all("few_controls" in f for f in judged.flags)
+    assert np.isfinite(judged.specific.lower).all() and judged.headline == ("attenuation",) * 2
+
+
+def test_without_controls_attenuation_is_decided_and_flagged():
+    judged = judge([concept("valence", [0.5], seed=16)], [], draws=DRAWS)[0]
+    assert judged.decision == ("attenuated",) and judged.flags[0] == ("no_controls",)
+    assert np.isnan(judged.specific.lower).all()
+    assert judge_controls([concept("tense", [0.5], seed=16)], draws=DRAWS)[0].flags == ((),)
+
+
+def test_controls_without_signal_at_a_layer_are_dropped_there_and_counted():
+    controls = [*pool_of([1.0], k=6), concept("mute", [1.0], seed=90, signal=0.0)]
+    target = concept("valence", [0.4], seed=17)
+    judged, without = (judge([target], c, draws=DRAWS)[0] for c in (controls, controls[:6]))
+    assert judged.n_controls[0] == 6 and judged.decision == ("attenuated",)
+    np.testing.assert_array_equal(judged.specific.lower, without.specific.lower)
+    five = [*controls[1:6], controls[6]]
+    judged = judge([target], five, draws=DRAWS)[0]
+    assert judged.decision == ("",) and "few_controls" in judged.flags[0]
+
+
+def test_an_erased_control_widens_the_spread_instead_of_vanishing():
+    target, controls = concept("valence", [0.7], seed=18), pool_of([1.0], k=7)
+    erased = concept("gone", [0.0], seed=91)
+    plain, honest = (judge([target], c, draws=DRAWS)[0] for c in (controls, [*controls, erased]))
+    assert "control_lost" in honest.flags[0] and honest.n_controls[0] == 7
+    assert honest.tau[0] > plain.tau[0] + 0.1
+    assert plain.decision == ("attenuated",) and honest.decision != ("attenuated",)
+
+
+def test_a_target_inside_the_spread_of_the_controls_is_not_decided():
+    keeps = [0.5, 0.6, 0.75, 0.9, 1.05, 1.2, 1.4, 1.7]
+    controls = [concept(f"c{j}", [keep], seed=30 + j, trace=0.3) for j, keep in enumerate(keeps * 3)]
+    judged = judge([concept("valence", [0.55], seed=19, trace=0.3)], controls, draws=DRAWS)[0]
+    assert "within_control_spread" in judged.flags[0] and judged.decision == ("inconclusive",)
+    assert judged.band.lower[0] > 0.1 and judged.prediction.upper[0] > judged.band.value[0]
+
+
+def test_one_control_without_any_noise_does_not_own_the_mean():
+    effects = np.array([[0.5], [0.0], [0.02], [-0.02], [0.01], [-0.01]])
+    variances = np.array([[0.0], *[[0.01]] * 5])
+    pool = pool_controls(effects, variances, np.ones((6, 1), bool))
+    assert pool.mean[0] < 0.3 and pool.variance[0] > 0.001 and np.isfinite(pool.tau2).all()
+
+
+def test_controls_that_agree_exactly_have_no_spread_and_leave_the_standard_errors():
+    pool = pool_controls(np.full((6, 2), 0.1), np.full((6, 2), 0.04), np.ones((6, 2), bool))
+    np.testing.assert_allclose(pool.mean, 0.1)
+    np.testing.assert_allclose(pool.tau2, 0)
+    np.testing.assert_allclose(pool.variance, 0.04 / 6)
+
+
+def test_what_controls_have_in_common_is_added_to_the_variance_of_their_mean():
+    effects, variances = np.random.default_rng(0).normal(0, 0.1, (6, 1)), np.full((6, 1), 0.01)
+    apart = pool_controls(effects, variances, np.ones((6, 1), bool))
+    shared = pool_controls(effects, variances, np.ones((6, 1), bool), np.full((6, 6, 1), 0.005))
+    np.testing.assert_allclose(shared.variance - 0.005, apart.variance, atol=0.002)
+
+
+def test_the_two_forms_of_specific_agree_where_the_target_is_strong():
+    target, reference = (
+        concept("valence", [0.7], seed=20, trace=0.3),
+        build_reference(pool_of([0.9], trace=0.3)),
+    )
+    weak = Contrast(**{**vars(target), "form": ("fieller",)})
+    strong_ends, weak_ends = (np.array(specific_interval(t, reference, 0.05)) for t in (target, weak))
+    # t(n-1) and t(k-1) apart instead of Satterthwaite's between them: the weak form is a little wider.
+    width = np.diff(strong_ends, axis=0)
+    assert (abs(strong_ends - weak_ends) < 0.12 * width).all()
+    strong_gap, weak_gap = (gap_to(t, reference, t.theta[0] - reference.pool.mean) for t in (target, weak))
+    np.testing.assert_allclose(weak_gap.value, 0, atol=1e-12)
+    np.testing.assert_allclose(weak_gap.se, strong_gap.se, rtol=1e-6)
+
+
+def test_shared_scenarios_enter_the_covariance_and_others_do_not():
+    target = concept("valence", [0.8], seed=21, owner="s")
+    same = build_reference(pool_of([0.9], owner="s"))
+    copy = Contrast(**{**vars(target), "name": "copy"})
+    # A control that is the target itself has all of its error in common with it.
+    itself = build_reference([copy])
+    assert gap_to(target, itself, 0.0).value[0] == 0
+    base, aligned = mean_covariances(target, itself)
+    u = target.pair.u
+    np.testing.assert_allclose(
+        0.5 * (aligned / u[1] - base / u[0]), (target.influence**2).sum() / (80 * 79), rtol=1e-9
+    )
+    np.testing.assert_array_equal(mean_covariances(target, build_reference(pool_of([0.9]))), 0)
+    assert (np.array(mean_covariances(target, same)) != 0).all()
+
+
+def test_the_order_of_the_controls_does_not_matter():
+    target, controls = concept("valence", [0.8, 0.5], seed=22), pool_of([0.9, 0.9])
+    first, second = judge([target], controls, draws=DRAWS)[0], judge([target], controls[::-1], draws=DRAWS)[0]
+    np.testing.assert_allclose(first.band.lower, second.band.lower, rtol=1e-9)
+    assert first.decision == second.decision
+
+
+# ---------------------------------------------------------------- where
+
+
+def test_onset_is_the_first_layer_beyond_the_margin_when_all_is_certain():
+    draws = np.random.default_rng(0).standard_normal((999, 5))
+    found = onset_set(np.array([-50.0, -50.0, 50.0, -50.0, 50.0]), draws, 1.96, range(5))
+    assert found.members == (2,) and (found.lower, found.upper) == (2, 2)
+
+
+def test_an_unclear_layer_before_the_onset_stays_in_the_set():
+    draws = np.random.default_rng(0).standard_normal((999, 4))
+    found = onset_set(np.array([-50.0, 0.0, 50.0, 50.0]), draws, 1.96, [3, 4, 5, 6])
+    assert found.members == (4, 5) and not found.includes_none
+    never = onset_set(np.array([-50.0, 0.0, -50.0, 0.0]), draws, 1.96, [3, 4, 5, 6])
+    assert never.members == (4, 6) and never.includes_none and never.upper is None
+
+
+def test_peak_holds_every_layer_that_no_other_surely_exceeds():
+    errors = 0.1 * np.random.default_rng(0).standard_normal((999, 4))
+    found = peak_set(np.array([0.1, 0.9, 0.85, np.nan]), errors, range(4))
+    assert found.members == (1, 2) and found.best == 1
+
+
+# ---------------------------------------------------------------- template and needs
+
+
+def test_did_of_one_template_with_itself_is_exactly_nothing():
+    target = concept("valence", [0.5, None], seed=23)
+    shift = did(target, target, draws=DRAWS)
+    np.testing.assert_array_equal([shift.theta.value, shift.theta.lower, shift.theta.upper], 0)
+    np.testing.assert_array_equal(shift.p_adjusted, 1)
+
+
+def test_did_finds_what_one_template_adds_and_says_where_it_cannot():
+    raw = concept("valence", [0.9, 0.9, 0.9], seed=24, trace=0.5)
+    shared = concept("valence", [0.5, 0.9, 0.0], seed=24, trace=0.5)
+    shift = did(shared, raw, draws=DRAWS)
+    assert shift.attenuation.lower[0] > 0.3 and shift.p_adjusted[0] < 0.01
+    assert shift.attenuation.lower[1] <= 0 <= shift.attenuation.upper[1]
+    assert np.isnan(shift.theta.value[2]) and shift.flags[2] == ("weak_signal",)
+    with pytest.raises(InputError, match="not the same"):
+        did(shared, concept("valence", [0.9, 0.9, 0.9], seed=24, owner="other"), draws=DRAWS)
+
+
+def test_more_scenarios_are_asked_for_only_where_nothing_was_settled():
+    judged = judge([concept("valence", [0.3, 0.93], seed=25, trace=4.0)], [], draws=DRAWS)[0]
+    assert judged.decision == ("attenuated", "inconclusive")
+    assert np.isnan(judged.scenarios_needed[0]) and judged.scenarios_needed[1] > 80
+    assert (judged.minimum_detectable > 0.1).all()
+
+
+def test_more_controls_are_asked_for_where_their_spread_is_what_hinders():
+    keeps = [0.6, 0.75, 0.9, 1.0, 1.1, 1.4]
+    controls = [concept(f"c{j}", [keep], seed=40 + j, trace=0.1, n=200) for j, keep in enumerate(keeps)]
+    judged = judge([concept("valence", [0.95], seed=26, trace=0.1, n=200)], controls, draws=DRAWS)[0]
+    assert judged.decision == ("inconclusive",) and judged.controls_needed[0] > 6

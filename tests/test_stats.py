@@ -1,0 +1,350 @@
+"""Laws of the numbers: U-statistics, ratios, draws, folds, AUROC."""
+
+import numpy as np
+import pytest
+from scipy import stats as distributions
+from sklearn.metrics import roc_auc_score
+
+from empathy_probes.errors import InputError
+from empathy_probes.kernels import (
+    combined_variance,
+    fieller,
+    log_ratio,
+    pair_kernels,
+    strength_difference,
+    strength_interval,
+    u_statistic,
+)
+from empathy_probes.stats import (
+    adjusted_p,
+    auroc,
+    auroc_attenuation,
+    auroc_difference,
+    auroc_interval,
+    binomial_interval,
+    fieller_ratio,
+    grouped_folds,
+    largest_quantile,
+    studentised_sums,
+    unit_signs,
+)
+
+
+def gram(seed: int, n: int = 40, layers: int = 3, signal: float = 1.0, d: int = 12) -> np.ndarray:
+    """Gram matrices [layer n n] of vectors with mean length `signal` and unit noise in half the directions."""
+    vectors = np.random.default_rng(seed).standard_normal((layers, n, d)) * np.linspace(1, 0.2, d)
+    vectors[..., 0] += signal
+    return vectors @ np.swapaxes(vectors, -1, -2)
+
+
+# ---------------------------------------------------------------- U-statistics
+
+
+def test_u_statistic_is_the_formula_written_out():
+    kernel = gram(0)[0]
+    n = len(kernel)
+    k = kernel * (1 - np.eye(n))
+    m = k.sum() / (n * (n - 1))
+    r = k.sum(axis=1)
+    g = (r / (n - 1) - m) * (n - 1) / (n - 2)
+    centred = (k - (r[:, None] + r) / (n - 2) + k.sum() / ((n - 1) * (n - 2))) * (1 - np.eye(n))
+    zeta2 = (centred**2).sum() / (n * (n - 3))
+    zeta1 = max(g.var(ddof=1) - zeta2 * (n - 1) / (n - 2) ** 2, 0)
+    u = u_statistic(kernel)
+    # The closed form of the centred sum cancels to about 1e-14 of the sum of squares.
+    np.testing.assert_allclose(u.value, m, rtol=1e-12)
+    np.testing.assert_allclose(u.influence, g, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(u.variance, 4 * zeta1 / n + 2 * zeta2 / (n * (n - 1)), rtol=1e-9)
+
+
+def test_u_statistic_ignores_the_diagonal():
+    kernel = gram(1)
+    loud = kernel + 1e3 * np.eye(kernel.shape[-1])
+    np.testing.assert_array_equal(u_statistic(kernel).value, u_statistic(loud).value)
+    np.testing.assert_array_equal(u_statistic(kernel).variance, u_statistic(loud).variance)
+
+
+def test_u_statistic_does_not_depend_on_the_order_of_the_units():
+    kernel = gram(2)
+    order = np.random.default_rng(0).permutation(kernel.shape[-1])
+    shuffled = u_statistic(kernel[:, order][:, :, order])
+    # Sums are taken in another order, so only rounding may differ.
+    np.testing.assert_allclose(shuffled.value, u_statistic(kernel).value, rtol=1e-12)
+    np.testing.assert_allclose(shuffled.variance, u_statistic(kernel).variance, rtol=1e-9)
+
+
+def test_variance_of_a_combination_is_the_variance_of_the_combined_kernel():
+    base, aligned = gram(3), gram(4, signal=0.5)
+    pair = pair_kernels(base, aligned)
+    combined = combined_variance(pair, np.float64(-0.3) * np.ones(3), np.ones(3))
+    np.testing.assert_allclose(combined, u_statistic(aligned - 0.3 * base).variance, rtol=1e-9)
+
+
+def test_a_kernel_over_too_few_units_is_refused():
+    with pytest.raises(InputError, match="5 or more"):
+        u_statistic(np.ones((3, 4, 4)))
+
+
+# ---------------------------------------------------------------- ratios
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.2, 3.0])
+def test_equal_kernels_are_exactly_unchanged_whatever_the_signal(signal: float):
+    kernel = gram(5, signal=signal)
+    pair = pair_kernels(kernel, kernel.copy())
+    ratio = log_ratio(pair)
+    difference = strength_difference(pair)
+    for array in (
+        ratio.theta,
+        ratio.se,
+        ratio.influence,
+        difference.value,
+        difference.lower,
+        difference.upper,
+    ):
+        np.testing.assert_array_equal(array, 0)
+    for end in fieller(pair, 2.0):
+        np.testing.assert_array_equal(end, 1)
+
+
+def test_log_ratio_is_the_u_statistic_of_the_ratio_kernel():
+    base, aligned = gram(6, signal=2.0), gram(7, signal=1.5)
+    pair = pair_kernels(base, aligned)
+    scaled = [k / u[:, None, None] for k, u in zip((base, aligned), pair.u, strict=True)]
+    direct = u_statistic((scaled[1] - scaled[0]) / 2)
+    ratio = log_ratio(pair)
+    np.testing.assert_allclose(direct.value, 0, atol=1e-12)
+    np.testing.assert_allclose(ratio.se, np.sqrt(direct.variance), rtol=1e-8)
+    np.testing.assert_allclose(ratio.influence, 2 * direct.influence, rtol=1e-8, atol=1e-11)
+
+
+def test_a_kernel_scaled_by_a_constant_is_kept_at_its_root_without_error():
+    pair = pair_kernels(gram(8, signal=2.0), 0.49 * gram(8, signal=2.0))
+    low, high = fieller(pair, 2.0)
+    # Variances cancel to rounding; the square root of 1e-16 is 1e-8.
+    np.testing.assert_allclose(np.exp(log_ratio(pair).theta), 0.7, rtol=1e-12)
+    np.testing.assert_allclose([low, high], 0.7, atol=1e-6)
+
+
+def grid_fieller(pair, layer: int, critical: float) -> np.ndarray:
+    keep = np.linspace(0, 6, 60001)
+    one = pair_kernels_layer(pair, layer)
+    spread = np.sqrt(combined_variance(one, -(keep[:, None] ** 2), np.ones((len(keep), 1))))[:, 0]
+    gap = pair.u[1, layer] - keep**2 * pair.u[0, layer]
+    return keep[abs(gap) <= critical * spread]
+
+
+def pair_kernels_layer(pair, layer: int):
+    part = slice(layer, layer + 1)
+    return type(pair)(
+        pair.u[:, part],
+        pair.influence[:, part],
+        pair.zeta1[:, :, part],
+        pair.zeta2[:, :, part],
+        pair.identical[part],
+        pair.n,
+    )
+
+
+@pytest.mark.parametrize("signals", [(1.0, 0.7), (1.5, 0.1), (0.4, 0.4), (1.2, 2.0)])
+def test_fieller_finds_the_set_that_a_grid_finds(signals: tuple[float, float]):
+    pair = pair_kernels(gram(9, signal=signals[0]), gram(10, signal=signals[1]))
+    low, high = fieller(pair, 2.0)
+    for layer in range(3):
+        grid = grid_fieller(pair, layer, 2.0)
+        np.testing.assert_allclose(low[layer], grid[0], atol=2e-4)  # the grid's step is 1e-4
+        if high[layer] < 6:
+            np.testing.assert_allclose(high[layer], grid[-1], atol=2e-4)
+        else:
+            assert grid[-1] == 6
+
+
+def test_fieller_reaches_zero_where_the_signal_is_gone_and_infinity_where_the_base_is():
+    gone = pair_kernels(gram(11, signal=2.0), gram(12, signal=0.0))
+    low, high = fieller(gone, 2.0)
+    assert (low == 0).all() and (high < 1).all()
+    absent = pair_kernels(gram(12, signal=0.0), gram(11, signal=2.0))
+    assert np.isinf(fieller(absent, 2.0)[1]).all()
+
+
+def test_fieller_is_empty_where_the_aligned_u_is_negative_beyond_chance():
+    base = gram(13, signal=2.0)
+    pair = pair_kernels(base, -0.3 * base)
+    assert np.isnan(np.stack(fieller(pair, 2.0))).all()
+
+
+def test_signed_ratio_keeps_its_sign_and_is_blank_where_the_base_is_not_detected():
+    covariance = np.array([[[0.04] * 3, [0.01] * 3], [[0.01] * 3, [0.04] * 3]])
+    curve = fieller_ratio(np.array([2.0, 0.1, -2.0]), np.ones(3), covariance, 1.96)
+    np.testing.assert_allclose(curve.value, [0.5, np.nan, -0.5])
+    assert curve.lower[0] < 0.5 < curve.upper[0] and curve.upper[2] < 0
+    # At either end the gap is exactly 1.96 standard errors.
+    for x in (curve.lower[0], curve.upper[0]):
+        assert abs(1 - 2 * x) / np.sqrt(0.04 - 0.02 * x + 0.04 * x**2) == pytest.approx(1.96)
+
+
+def test_strength_is_the_length_of_the_mean_vector():
+    vectors = np.tile(np.array([3.0, 4.0]), (30, 1))
+    base, _ = strength_interval(pair_kernels((vectors @ vectors.T)[None], (vectors @ vectors.T)[None]))
+    np.testing.assert_allclose([base.value[0], base.lower[0], base.upper[0]], 5.0)
+
+
+def test_strength_difference_contains_its_value_and_grows_with_noise():
+    pair = pair_kernels(gram(14, signal=2.0), gram(15, signal=0.3))
+    curve = strength_difference(pair)
+    assert (curve.lower < curve.value).all() and (curve.value < curve.upper).all()
+
+
+# ---------------------------------------------------------------- draws
+
+
+def test_a_unit_has_the_same_signs_in_every_concept_it_occurs_in():
+    first, second = unit_signs(["a", "b", "c"], 64, 0), unit_signs(["c", "d", "a"], 64, 0)
+    np.testing.assert_array_equal(first[:, 0], second[:, 2])
+    np.testing.assert_array_equal(first[:, 2], second[:, 0])
+    assert (first[:, 1] != second[:, 1]).any()
+    assert (first != unit_signs(["a", "b", "c"], 64, 1)).any()
+    assert set(np.unique(first)) == {-1, 1}
+
+
+def test_studentised_sums_of_one_cell_are_the_sign_flip_t_statistics():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(25)
+    values -= values.mean()
+    signs = unit_signs([str(i) for i in range(25)], 50, 0)
+    direct = distributions.ttest_1samp(signs * values, 0, axis=1).statistic
+    np.testing.assert_allclose(studentised_sums(values[None], signs)[:, 0], direct, rtol=1e-10)
+
+
+def test_cells_without_variance_change_no_quantile():
+    signs = unit_signs([str(i) for i in range(30)], 200, 0)
+    influence = np.random.default_rng(1).standard_normal((2, 30))
+    padded = np.vstack([influence, np.zeros((5, 30))])
+    few, many = studentised_sums(influence, signs), studentised_sums(padded, signs)
+    assert (many[:, 2:] == 0).all()
+    assert largest_quantile(few) == largest_quantile(many)
+
+
+def test_adjusted_p_is_never_zero_and_one_without_any_effect():
+    draws = np.random.default_rng(2).standard_normal((99, 4))
+    np.testing.assert_allclose(adjusted_p(draws, np.array([0.0, 1e9, np.nan])), [1.0, 0.01, np.nan])
+
+
+# ---------------------------------------------------------------- folds and counts
+
+
+def test_folds_keep_scenarios_together_whatever_the_order_of_items():
+    groups = [f"s{i // 3}" for i in range(60)]
+    folds = grouped_folds(groups, 5, seed=3)
+    order = np.random.default_rng(0).permutation(60)
+    np.testing.assert_array_equal(grouped_folds([groups[i] for i in order], 5, seed=3), folds[order])
+    assert all(len(set(folds[i : i + 3])) == 1 for i in range(0, 60, 3))
+    assert set(np.bincount(folds)) == {12}
+    assert (grouped_folds(groups, 5, seed=4) != folds).any()
+
+
+def test_duplicating_texts_of_a_scenario_moves_no_fold():
+    groups = [f"s{i}" for i in range(20)]
+    np.testing.assert_array_equal(grouped_folds(groups + groups, 4), np.tile(grouped_folds(groups, 4), 2))
+
+
+def test_more_folds_than_scenarios_are_refused():
+    with pytest.raises(InputError, match="5 folds"):
+        grouped_folds(["a", "a", "b"], 5)
+
+
+def test_binomial_interval_contains_the_proportion_and_stays_within_0_and_1():
+    estimate = binomial_interval(0, 100)
+    assert estimate.value == 0 and estimate.lower == 0 and 0.02 < estimate.upper < 0.05
+
+
+# ---------------------------------------------------------------- AUROC
+
+
+def scored(seed: int, shift: float, n: int = 30, ties: bool = False):
+    rng = np.random.default_rng(seed)
+    labels = np.tile([0, 1, 1], n)
+    groups = [f"s{i}" for i in range(n) for _ in range(3)]
+    scores = rng.standard_normal((2, 3 * n)) + shift * labels
+    return (np.round(scores) if ties else scores), labels, groups
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("shift", [-1.0, 0.0, 2.0])
+def test_auroc_equals_scikit_learns(shift: float, ties: bool):
+    scores, labels, _ = scored(0, shift, ties=ties)
+    expected = [roc_auc_score(labels, row) for row in scores]
+    np.testing.assert_allclose(auroc(scores, labels), expected, rtol=1e-12)
+
+
+def test_auroc_interval_rests_on_leaving_whole_scenarios_out():
+    scores, labels, groups = scored(1, 1.0, n=12, ties=True)
+    names = np.array(groups)
+    left = np.array([roc_auc_score(labels[names != s], scores[0][names != s]) for s in dict.fromkeys(groups)])
+    n, value = len(left), roc_auc_score(labels, scores[0])
+    variance = (n - 1) / n * ((left - left.mean()) ** 2).sum() + (value - 0.5) ** 2 / n**2
+    centre = (n * value + 0.5) / (n + 1)
+    reach = distributions.t.ppf(0.975, n - 1) * np.sqrt(variance) / (centre * (1 - centre))
+    curve = auroc_interval(scores, labels, groups)
+    logit = np.log(centre / (1 - centre))
+    np.testing.assert_allclose(curve.lower[0], 1 / (1 + np.exp(reach - logit)), rtol=1e-10)
+    np.testing.assert_allclose(curve.upper[0], 1 / (1 + np.exp(-reach - logit)), rtol=1e-10)
+
+
+def test_auroc_of_one_has_an_interval_that_admits_a_few_errors():
+    scores, labels, groups = scored(2, 50.0, n=100)
+    curve = auroc_interval(scores, labels, groups)
+    assert (curve.value == 1).all() and (curve.upper == 1).all()
+    # Rule of three: up to about 3 or 4 in 100 scenarios could be wrong.
+    assert (curve.lower > 0.95).all() and (curve.lower < 0.98).all()
+
+
+def test_auroc_interval_covers_chance_on_noise():
+    n, replicates = 30, 400
+    labels, groups = np.tile([0, 1], n), [f"s{i}" for i in range(n) for _ in range(2)]
+    curve = auroc_interval(np.random.default_rng(3).standard_normal((replicates, 2 * n)), labels, groups)
+    covered = int(((curve.lower <= 0.5) & (curve.upper >= 0.5)).sum())
+    interval = binomial_interval(covered, replicates)
+    assert interval.upper > 0.95 and interval.value > 0.92
+
+
+def test_duplicating_a_text_inside_a_scenario_does_not_narrow_the_auroc_interval():
+    scores, labels, groups = scored(4, 1.0)
+    twice = auroc_interval(np.hstack([scores, scores]), np.tile(labels, 2), groups * 2)
+    once = auroc_interval(scores, labels, groups)
+    np.testing.assert_allclose(twice.upper - twice.lower, once.upper - once.lower, rtol=1e-10)
+
+
+def test_equal_scores_differ_by_exactly_nothing():
+    scores, labels, groups = scored(5, 0.0)
+    for curve in (
+        auroc_difference(scores, scores.copy(), labels, groups),
+        auroc_attenuation(scores, scores, labels, groups)[0],
+    ):
+        np.testing.assert_array_equal([curve.value, curve.lower, curve.upper], 0)
+
+
+def test_two_different_perfect_scores_are_not_called_equal_beyond_doubt():
+    scores, labels, groups = scored(6, 50.0)
+    curve = auroc_difference(scores[:1], scores[1:], labels, groups)
+    assert curve.value[0] == 0 and curve.lower[0] < -0.05 and curve.upper[0] > 0.05
+
+
+def test_attenuation_through_d_prime_covers_a_halved_separation():
+    rng = np.random.default_rng(7)
+    n, replicates = 60, 300
+    labels, groups = np.tile([0, 1], n), [f"s{i}" for i in range(n) for _ in range(2)]
+    noise, fresh = rng.standard_normal((2, replicates, 2 * n))
+    curve, ceiling = auroc_attenuation(noise + 2 * labels, 0.8 * noise + 0.6 * fresh + labels, labels, groups)
+    covered = int(((curve.lower <= 0.5) & (curve.upper >= 0.5)).sum())
+    assert binomial_interval(covered, replicates).upper > 0.95 and covered / replicates > 0.92
+    assert abs(np.median(curve.value) - 0.5) < 0.03 and not ceiling.any()
+
+
+def test_attenuation_of_auroc_is_blank_at_the_ceiling_and_at_chance():
+    scores, labels, groups = scored(8, 50.0)
+    curve, ceiling = auroc_attenuation(scores, scores[::-1], labels, groups)
+    assert np.isnan(curve.value).all() and ceiling.all()
+    noise, labels, groups = scored(9, 0.0)
+    curve, ceiling = auroc_attenuation(noise, noise[::-1], labels, groups)
+    assert np.isnan(curve.value).any() and not ceiling.any()
