@@ -178,9 +178,14 @@ def _linearise(pair: KernelPair, low: np.ndarray, high: np.ndarray) -> tuple[np.
 def attenuation_curve(
     theta: Float[np.ndarray, " layer"], lower: Float[np.ndarray, " layer"], upper: Float[np.ndarray, " layer"]
 ) -> Curve:
-    """1 - exp of log keep and its interval, ends swapped; a value without a finite logarithm is blank."""
-    # 0 - expm1 rather than -expm1, so that no change is 0 and not -0.
-    return Curve(0.0 - np.expm1(theta), 0.0 - np.expm1(upper), 0.0 - np.expm1(lower))
+    """1 - exp of log keep and its interval, ends swapped.
+
+    -inf becomes 1 (nothing kept); an end without a bound (any amplification possible) is blank.
+    """
+    with np.errstate(over="ignore"):
+        # 0 - expm1 rather than -expm1, so that no change is 0 and not -0.
+        value, high, low = (0.0 - np.expm1(x) for x in (theta, lower, upper))
+    return Curve(value, np.where(np.isinf(low), np.nan, low), high)
 
 
 def keep_interval(

@@ -121,7 +121,8 @@ def build_reference(controls: Sequence[Contrast]) -> Reference:
     weak = np.stack([c.has_form("fieller") for c in controls])
     lost = weak & ((high < 0) | (low > 0))
     typical = np.where(usable, variance, 0.0).sum(axis=0) / np.maximum(usable.sum(axis=0), 1)
-    effects = np.where(usable, theta, np.where(high < 0, high, low))
+    # A signal removed without any noise would be -inf; keep 0.01 says as much and leaves a mean.
+    effects = np.where(usable, theta, np.clip(np.where(high < 0, high, low), np.log(0.01), -np.log(0.01)))
     variances = np.where(usable, variance, typical)
 
     keys = tuple(sorted({key for c in controls for key in c.keys}))
@@ -301,7 +302,10 @@ def mean_errors(
 
     A scenario has one sign wherever it occurs; a control has one N(0,1) multiplier over all layers.
     """
-    sampling = unit_signs(reference.keys, draws, seed).astype(float) @ reference.influence.T
+    signs = unit_signs(reference.keys, draws, seed)
+    # In blocks: as floats, all signs of a dozen controls would take some hundred megabytes.
+    blocks = np.array_split(signs, draws // 1000 + 1)
+    sampling = np.concatenate([block.astype(float) @ reference.influence.T for block in blocks])
     between = unit_normals(reference.names, draws, seed) @ reference.spread
     fresh = unit_normals([f"new {name}" for name in reference.names], draws, seed) @ reference.deviation
     return sampling + between, fresh

@@ -122,7 +122,8 @@ def judge(
     """
     _check_family(targets, controls, margin, specific_margin)
     reference = build_reference(controls) if controls else None
-    views = [_view(target, reference, margin, draws, seed) for target in targets]
+    common = mean_errors(reference, draws, seed) if reference else None
+    views = [_view(target, reference, common, margin, draws, seed) for target in targets]
     # Cells on which nothing can be decided do not belong to the family.
     family = _Family(
         attenuation=np.concatenate([v.sums for v in views], axis=1),
@@ -176,29 +177,34 @@ def _unit_columns(draws: np.ndarray) -> np.ndarray:
     return np.divide(draws, spread, out=np.zeros_like(draws), where=spread > 1e-12)
 
 
-def _view(target: Contrast, reference: Reference | None, margin: float, draws: int, seed: int) -> _View:
+def _view(
+    target: Contrast,
+    reference: Reference | None,
+    common: tuple[np.ndarray, np.ndarray] | None,
+    margin: float,
+    draws: int,
+    seed: int,
+) -> _View:
     n, pair = target.n, target.pair
     signs = unit_signs(target.keys, draws, seed)
     sums = studentised_sums(target.influence, signs)
-    shown = ~target.has_form("blank")
-    u = np.where(shown, pair.u, 1.0)
-    square = u[1] / u[0]
-    influence = (
-        np.where(shown[:, None], pair.influence[1] - square[:, None] * pair.influence[0], 0.0) / u[0][:, None]
-    )
+    shown, square = ~target.has_form("blank"), _square_keep(target)
+    live = shown & ~pair.identical
+    influence = np.zeros_like(target.influence)
+    influence[live] = (pair.influence[1] - square[:, None] * pair.influence[0])[live] / pair.u[0][live, None]
     ratio_errors = signs.astype(float) @ influence.T / np.sqrt(n * (n - 1))
     edge = float(np.log(1 - margin))
     # A layer that cannot be judged neither is excluded from the onset nor excludes another.
     plain = np.where(shown, -gap_to(target, None, edge).t, 0.0)
     none = np.zeros_like(sums)
-    if reference is None:
-        return _View(target, np.zeros_like(shown), sums, none, none, ratio_errors, plain)
+    enough = np.zeros_like(shown)
+    if reference is not None:
+        enough = (reference.pool.count >= FEWEST_CONTROLS) & shown
+    if reference is None or common is None or not enough.any():
+        return _View(target, enough, sums, none, none, ratio_errors, plain)
 
     own = signs.astype(float) @ target.influence.T / np.sqrt(n * (n - 1))
-    mean, fresh = mean_errors(reference, draws, seed)
-    enough = (reference.pool.count >= FEWEST_CONTROLS) & shown
-    if not enough.any():
-        return _View(target, enough, sums, none, none, ratio_errors, plain)
+    mean, fresh = common
     scale = np.where(enough, np.exp(-2 * reference.pool.mean), 0.0)
     ratio_errors = scale * (ratio_errors - 2 * square * mean)
     statistics = np.where(enough, -gap_to(target, reference, edge).z, 0.0)
@@ -206,6 +212,13 @@ def _view(target: Contrast, reference: Reference | None, margin: float, draws: i
     return _View(
         target, enough, sums, errors, _unit_columns(own - mean + fresh) * enough, ratio_errors, statistics
     )
+
+
+def _square_keep(target: Contrast) -> np.ndarray:
+    """U_a / U_b, which stays usable where U_a is not positive; 1 where identical or blank."""
+    live = target.has_form("log", "fieller")
+    base, aligned = np.where(live, target.pair.u, 1.0)
+    return aligned / base
 
 
 @dataclass(frozen=True)
@@ -260,41 +273,23 @@ def _judge_one(
     target, enough = view.target, view.enough
     n_layers = len(target.layers)
     headline = _attenuation_headline(view, family)
-    blank = np.full(n_layers, np.nan)
+    blank, none = np.full(n_layers, np.nan), np.zeros(n_layers, int)
     specific = prediction = Curve(blank, blank, blank)
-    count, lost, tau, outside = (
-        np.zeros(n_layers, int),
-        np.zeros(n_layers, int),
-        blank,
-        np.ones(n_layers, bool),
-    )
+    count, lost, tau, outside = none, none, blank, none == 0
     if reference is not None:
         pool = reference.pool
         count, lost, tau = pool.count, reference.lost, np.sqrt(pool.tau2)
         ends = specific_interval(target, reference, 1 - LEVEL)
         specific = attenuation_curve(target.theta - pool.mean, *ends)
-        wide = _tail(family.prediction)
-        bounds = specific_interval(target, reference, wide, prediction=True)
-        outside = (bounds[0] > 0) | (bounds[1] < 0)
-        reach = (
-            distributions.t.isf(wide / 2, np.maximum(pool.count - 1, 1))
-            * gap_to(target, reference, 0.0, pool.tau2).se
-        )
-        prediction = attenuation_curve(reach * 0, -reach, reach)
+        prediction, beyond = _prediction(target, reference, _tail(family.prediction))
+        outside = beyond | ~enough
         headline = _merge(enough, _specific_headline(view, reference, family), headline)
 
-    open_ = (target.has_form("blank") | (~enough & (reference is not None))) & ~target.has_form("identical")
+    silent = target.has_form("blank") | (~enough & (reference is not None))
     limit = np.where(enough, specific_margin, margin)
-    decision, within = _decide(headline, outside | ~enough, open_, margin, limit)
+    decision, within = _decide(headline, outside, silent & ~target.has_form("identical"), margin, limit)
     needs = _needs(target, reference, enough, headline.critical, decision, within, margin, limit)
-    shown = ~target.has_form("blank")
-    square = np.where(shown, target.pair.u[1] / np.where(shown, target.pair.u[0], 1.0), np.nan)
-    if enough.any() and reference is not None:
-        square = np.where(enough, square * np.exp(-2 * reference.pool.mean), np.nan)
-    draws = view.errors if enough.any() else view.sums
-    back = distributions.norm.isf(0.025) if enough.any() else float(critical_t(target.n - 1))
-    onset = onset_set(view.statistics, draws, back, target.layers)
-    peak = peak_set(-square, -view.ratio_errors, target.layers)
+    onset, peak = _locate(view, reference)
     extra = flag_layers(
         {
             "no_controls": np.full(n_layers, reference is None),
@@ -313,7 +308,7 @@ def _judge_one(
         n_controls=count,
         tau=tau,
         band=attenuation_curve(headline.value, headline.low, headline.high),
-        p_adjusted=np.where(shown, headline.p, np.nan),
+        p_adjusted=np.where(target.has_form("blank"), np.nan, headline.p),
         decision=decision,
         flags=tuple((*a, *b) for a, b in zip(target.flags, extra, strict=True)),
         minimum_detectable=needs[0],
@@ -324,6 +319,27 @@ def _judge_one(
     )
 
 
+def _prediction(target: Contrast, reference: Reference, tail: float) -> tuple[Curve, np.ndarray]:
+    """Band of `specific` for one more control measured like this target, and where the target lies outside it."""
+    pool = reference.pool
+    critical = distributions.t.isf(tail / 2, np.maximum(pool.count - 1, 1))
+    reach = critical * gap_to(target, reference, 0.0, pool.tau2).se
+    low, high = specific_interval(target, reference, tail, prediction=True)
+    return attenuation_curve(reach * 0, -reach, reach), (low > 0) | (high < 0)
+
+
+def _locate(view: _View, reference: Reference | None) -> tuple[LayerSet, LayerSet]:
+    """Onset and peak of the headline quantity; layers without it, in a study with controls, stay open."""
+    target, enough = view.target, view.enough
+    square = np.where(target.has_form("blank"), np.nan, _square_keep(target))
+    draws, back = view.sums, float(critical_t(target.n - 1))
+    if enough.any() and reference is not None:
+        square = np.where(enough, square * np.exp(-2 * reference.pool.mean), np.nan)
+        draws, back = view.errors, float(distributions.norm.isf(0.025))
+    onset = onset_set(view.statistics, draws, back, target.layers)
+    return onset, peak_set(-square, -view.ratio_errors, target.layers)
+
+
 def _decide(
     headline: _Headline, outside: np.ndarray, undecidable: np.ndarray, margin: float, limit: np.ndarray
 ) -> tuple[tuple[str, ...], np.ndarray]:
@@ -332,8 +348,8 @@ def _decide(
     equal = (headline.narrow_low >= np.log(1 - limit)) & (headline.narrow_high <= np.log(1 + limit))
     within = (less | more) & ~outside & ~undecidable
     words = np.select(
-        [undecidable, within, less, more, equal],
-        ["", "inconclusive", "attenuated", "amplified", "equivalent"],
+        [undecidable, less & outside, more & outside, equal],
+        ["", "attenuated", "amplified", "equivalent"],
         "inconclusive",
     )
     return tuple(str(word) for word in words), within

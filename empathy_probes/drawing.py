@@ -28,7 +28,7 @@ BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#6B7280"
 DASHES = {"solid": "-", "dash": "--", "dot": ":"}
 SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "empathy_probes", "svg.fonttype": "none", "text.parse_math": False, "font.size": 11,
-    "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Arial"], "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
     "axes.edgecolor": GREY, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "legend.frameon": False, "legend.fontsize": 9.5, "lines.linewidth": 1.8, "figure.facecolor": "white",
 }  # fmt: skip
@@ -129,7 +129,7 @@ def draw_sheet(sheet: Sheet) -> Figure:
     """
     with _settings():
         heights = [2.2 if "lost" in panel.title else 1.45 for panel in sheet.panels]
-        width, gap, above, below = 7.2, 0.78, 1.0, 0.95
+        width, gap, above, below = 7.2, 0.78, 1.0, 1.12
         height = sum(heights) + gap * (len(heights) - 1) + above + below
         figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
@@ -139,7 +139,7 @@ def draw_sheet(sheet: Sheet) -> Figure:
             place = (0.95 / width, (top - size) / height, (width - 1.05) / width, size / height)
             axes = figure.add_axes(place, sharex=drawn[0] if drawn else None)
             _draw_panel(axes, panel, sheet.layers, last=panel is sheet.panels[-1])
-            axes.yaxis.set_label_coords(-0.62 / (width - 1.05), 0.5)
+            axes.yaxis.set_label_coords(-0.54 / (width - 1.05), 0.5)
             axes.tick_params(labelbottom=panel is sheet.panels[-1])
             drawn.append(axes)
             top -= size + gap
@@ -191,8 +191,8 @@ def draw_grid(grid: Grid) -> Figure:
         figure = Figure(figsize=(7.2, 1.5 + 0.3 * rows), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        scale = LinearSegmentedColormap.from_list("attenuation", [BLUE, "#ffffff", VERMILLION])
-        scale.set_bad("#e5e7eb")
+        colours = LinearSegmentedColormap.from_list("attenuation", [BLUE, "#ffffff", VERMILLION])
+        scale = colours.with_extremes(bad="#e5e7eb")
         image = axes.imshow(grid.values, cmap=scale, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
         for i in range(rows):
             for j in range(columns):

@@ -44,7 +44,7 @@ class Headline:
     peak_upper: int | None
     n_scenarios: int
     n_controls: int
-    """Controls whose contrast both models carry at that layer."""
+    """Controls whose contrast both models carry at that layer; the most at any layer where nothing is decided."""
     minimum_detectable: float | None
     """Smallest attenuation that this study would have decided with 80 % power at that layer."""
     scenarios_needed: int | None
@@ -155,7 +155,7 @@ def _headline(finding: Finding, m: Measurement, j: Judgement) -> Headline:
         peak_lower=j.peak.lower if decision == "attenuated" else None,
         peak_upper=j.peak.upper if decision == "attenuated" else None,
         n_scenarios=len(m.units),
-        n_controls=int(j.n_controls[index]),
+        n_controls=int(j.n_controls[index] if decision else max(j.n_controls)),
         minimum_detectable=None if blank else _number(j.minimum_detectable[index]),
         scenarios_needed=None if blank else _count(j.scenarios_needed[index]),
         controls_needed=None if blank else _count(j.controls_needed[index]),
@@ -205,7 +205,7 @@ def _sentence(h: Headline, settings: Settings) -> str:
         return f"No change beyond ±{percent(margin)} {against} at any block; the largest is {size} at block {h.layer} ({band})."
     if h.decision == "":
         return (
-            f"Not decided: {h.n_controls} usable controls at block {h.layer}, at least {FEWEST_CONTROLS} are needed. "
+            f"Not decided: at most {h.n_controls} usable controls at any block, at least {FEWEST_CONTROLS} are needed. "
             f"Largest at block {h.layer}: attenuation {size} ({band})."
         )
     settle = []

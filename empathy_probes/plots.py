@@ -166,9 +166,14 @@ def _sheet(
         .reindex(strength["layer"])
     )
     if strength.empty:
+        known = [str(c) for c in frame["concept"].unique()]
+        measured = frame.loc[
+            (frame["concept"] == concept) & (frame["measure"] == "strength"), ["template", "site"]
+        ]
+        places = [f"{t} at {s}" for t, s in measured.drop_duplicates().itertuples(index=False)]
         raise InputError(
-            f"no strength rows for concept {concept!r}, template {template!r}, site {site!r}; expected one of "
-            f"{sorted(frame['concept'].astype(str).unique())[:8]}; choose one that was measured"
+            f"no strength rows for concept {concept!r}, template {template!r}, site {site!r}; expected "
+            f"one of {', '.join(places or known[:12])}; choose among those"
         )
     panels = []
     if np.isfinite(_column(strength, "base")).any():

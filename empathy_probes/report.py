@@ -306,7 +306,10 @@ def _models(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Base beside aligned, one row per property."""
     sides = [manifest.get("base", {}), manifest.get("aligned", {})]
     keys = list(dict.fromkeys(key for side in sides for key in side))
-    return [(key.replace("_", " "), *(wording.plain(side.get(key)) for side in sides)) for key in keys]  # type: ignore[misc]
+    base, aligned = sides
+    return [
+        (key.replace("_", " "), wording.plain(base.get(key)), wording.plain(aligned.get(key))) for key in keys
+    ]
 
 
 def _head_and_rows(frame: pd.DataFrame) -> tuple[list[str], list[list[tables.Cell]]]:

@@ -148,9 +148,9 @@ def open_store(url: str | None = None) -> Store:
 
 def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     """Write to a neighbouring name, then rename: a reader sees the whole file or none."""
-    fs.makedirs(posixpath.dirname(path), exist_ok=True)
     partial = f"{path}.{os.getpid()}.partial"
     try:
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
         with fs.open(partial, "wb") as file:
             file.write(data)
         fs.mv(partial, path)

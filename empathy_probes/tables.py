@@ -74,8 +74,11 @@ def _cell(row: dict[Any, Any], name: str, has_value: bool, bounded: bool) -> Cel
     if bounded and not (missing(low) and missing(high)):
         texts.append(interval(low, high, digits))
     text = " ".join(texts) or BLANK
-    key = value if has_value and not missing(value) else low if not missing(low) else ""
-    return Cell(text, str(key), why if text == BLANK else "")
+    key = value if has_value and not missing(value) else low
+    numeric = isinstance(key, (int, float)) and not missing(key)
+    return Cell(
+        text, "" if missing(key) else f"{key:.10g}" if numeric else str(key), why if text == BLANK else ""
+    )
 
 
 CONTROL_HEAD = ["concept", "n scenarios", "largest change", "at", "decisions over blocks"]
@@ -95,7 +98,7 @@ def control_rows(frame: pd.DataFrame, place: tuple[str, str]) -> list[list[Cell]
         )
         said = ", ".join(f"{word} {count}×" for word, count in counts.items()) or BLANK
         if sizes.notna().any():
-            row = blocks.loc[sizes.idxmax()]
+            row = blocks.iloc[int(sizes.fillna(-1).to_numpy().argmax())]
             size = f"{number(row['attenuation'])} {interval(row['band_lower'], row['band_upper'])}"
             key, at, n = str(row["attenuation"]), layer_name(row["layer"]), number(row["n_scenarios"], 0)
         else:

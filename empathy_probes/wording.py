@@ -42,9 +42,9 @@ TITLES = {"": "not decided"}
 
 def missing(value: Any) -> bool:
     """Whether a value is None, NaN, NA or an empty string."""
-    return (
-        value is None or (not isinstance(value, (list, tuple, dict)) and bool(pd.isna(value))) or value == ""
-    )
+    if value is None or isinstance(value, (list, tuple, dict)):
+        return value is None
+    return bool(pd.isna(value)) or (isinstance(value, str) and not value)
 
 
 def number(value: Any, digits: int = 2) -> str:
@@ -126,8 +126,9 @@ def card(
         n_controls: how many controls the study has, for headlines that do not say.
     """
     decision = "" if missing(headline.get("decision")) else str(headline["decision"])
-    size, at = headline.get("size"), headline.get("layer")
-    rank = RANKS.get(decision, 3) - min(abs(float(0 if missing(size) else size)), 9) / 10
+    size: Any = headline.get("size")
+    at = headline.get("layer")
+    rank = RANKS.get(decision, 3) - min(abs(0.0 if missing(size) else size), 9) / 10
     specific = headline.get("quantity") == "specific"
     controls = headline.get("n_controls", n_controls)
     if missing(at) or (missing(size) and missing(headline.get("size_lower"))):
@@ -161,7 +162,8 @@ def card(
 
 
 def _where(decision: str, h: Mapping[str, Any]) -> str:
-    first, last = h.get("onset_lower"), h.get("onset_upper")
+    first: Any = h.get("onset_lower")
+    last: Any = h.get("onset_upper")
     if missing(first) and missing(last):
         return {
             "equivalent": "no block changes by more than the margin",

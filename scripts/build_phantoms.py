@@ -40,7 +40,7 @@ DATA = Path(__file__).resolve().parents[1] / "empathy_probes" / "data" / "phanto
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
 PAD, UNK, BOS, EOS = range(4)
 LEARNING_RATE = 3e-3
-TWIN_STEPS = 1000
+TWIN_STEPS = 800
 TRUTH_SEED = 1000
 SPAN = 3  # directions of a concept beyond the read position's that a planted block scales as well
 READ_WEIGHT, GUARD_WEIGHT = 8.0, 5.0  # how much more the read position and the concepts' directions count
@@ -431,6 +431,7 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder
     """Write an ordinary checkpoint folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def load_base(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -444,14 +445,15 @@ def save_twin(family: Family, model: PreTrainedModel, twin: Twin, truth: dict, p
     prefix = family.block_prefix.format(k=twin.layer)
     delta = {key: value.contiguous() for key, value in model.state_dict().items() if key.startswith(prefix)}
     save_file(delta, path.with_suffix(".safetensors"), metadata={"format": "pt"})
+    path.with_suffix(".safetensors").chmod(0o644)
     path.with_suffix(".truth.json").write_text(json.dumps(truth, indent=1) + "\n")
 
 
 def print_strengths(family: Family, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Print each concept's strength by layer at n = 500."""
+    """Print each concept's strength by layer at n = 200."""
     print("  strength at the read position, blocks 0 ..")
     for concept in grammar.CONCEPTS:
-        values = strengths(family, model, tokenizer, concept, 500, 7)
+        values = strengths(family, model, tokenizer, concept, 200, 7)
         print(f"  {concept:10s}", " ".join(f"{value:.3f}" for value in values[1:]), flush=True)
 
 
@@ -467,7 +469,7 @@ def build(out: Path, name: str, only: set[str], steps: int | None, n_truth: int)
     wanted = {twin_name: twin for twin_name, twin in TWINS.items() if twin_name in only}
     if not wanted:
         return
-    contrasts = read_contrasts(family, base, tokenizer, 1500, 21)
+    contrasts = read_contrasts(family, base, tokenizer, 1000, 21)
     twins = {}
     for twin_name, twin in wanted.items():
         print(f"{name}/{twin_name}: {twin.concept} at block {twin.layer}, keep {twin.keep}", flush=True)

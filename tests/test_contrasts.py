@@ -1,5 +1,11 @@
 """Laws of comparing two models over layers: bands, controls, decisions, onset, peak, template."""
 
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
 import pytest
 
@@ -13,6 +19,7 @@ from empathy_probes.controls import (
 )
 from empathy_probes.decisions import judge, judge_controls
 from empathy_probes.errors import InputError
+from empathy_probes.stats import Estimate, binomial_interval
 
 DIMENSIONS = 24
 DRAWS = 499
@@ -357,3 +364,46 @@ def test_more_controls_are_asked_for_where_their_spread_is_what_hinders():
     controls = [concept(f"c{j}", [keep], seed=40 + j, trace=0.1, n=200) for j, keep in enumerate(keeps)]
     judged = judge([concept("valence", [0.95], seed=26, trace=0.1, n=200)], controls, draws=DRAWS)[0]
     assert judged.decision == ("inconclusive",) and judged.controls_needed[0] > 6
+
+
+# ---------------------------------------------------------------- the coverage simulation, in small
+
+
+@pytest.fixture(scope="module")
+def coverage() -> ModuleType:
+    """The simulation script as a module."""
+    path = Path(__file__).parents[1] / "scripts" / "simulations" / "coverage.py"
+    spec = importlib.util.spec_from_file_location("coverage_simulation", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def shares(cells: Iterable) -> dict[str, Estimate]:
+    """Proportions with their binomial intervals, by metric."""
+    return {c.metric: binomial_interval(c.hits, c.trials) for c in cells if c.value is None and c.trials}
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.25, 0.0])
+def test_the_ratio_interval_covers_the_truth_where_the_naive_gap_does_not(coverage: ModuleType, keep: float):
+    setting = {"n": 60, "trace": 8.0, "keep": keep, "ratio": 1.0, "heavy": False}
+    found = shares(coverage.ratio_cell(np.random.default_rng(0), 400, setting))
+    # An interval may cover more than 95 %; it covers less only if its upper binomial bound stays below.
+    assert found["package"].upper > 0.95 and found["difference"].upper > 0.95
+    assert found["package_at_2.9_se"].value > 0.98
+    if keep == 0.25:
+        assert found["naive_gap"].upper < 0.90
+
+
+def test_the_band_covers_all_layers_at_once_and_the_onset_set_the_onset(coverage: ModuleType):
+    found = shares(coverage.band_cell(np.random.default_rng(0), 150, 60, 4.0, 0.6, 199))
+    assert found["band"].upper > 0.95 and found["onset_covers"].upper > 0.95
+    assert found["pointwise"].upper < 0.90 and found["false_decision"].lower < 0.05
+
+
+def test_specific_covers_and_one_more_control_is_not_decided(coverage: ModuleType):
+    found = shares(coverage.specific_cell(np.random.default_rng(0), 20, coverage.Specific(6, 0.1, n=40), 199))
+    assert found["band"].upper > 0.95 and found["pointwise_each_layer"].upper > 0.93
+    assert found["one_more_control_decided"].lower < 0.05

@@ -8,10 +8,9 @@ import os
 import re
 import select
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,12 @@ def _headline(name: str, kind: str, template: str) -> dict[str, Any]:
             "size": None, "size_lower": None, "size_upper": None, "scenarios_needed": 310, "minimum_detectable": 0.41,
             "flags": "base_not_detected;small_n", "layer": None, "sentence": f"Nothing can be said about {name}.",
         }  # fmt: skip
-    return common | {"size": 0.01, "size_lower": -0.05, "size_upper": 0.07, "sentence": f"{name} is preserved."}
+    return common | {
+        "size": 0.01,
+        "size_lower": -0.05,
+        "size_upper": 0.07,
+        "sentence": f"{name} is preserved.",
+    }
 
 
 def _manifest(targets: dict[str, tuple[str, str]], templates: tuple[str, ...]) -> dict[str, Any]:
@@ -133,7 +137,9 @@ def _manifest(targets: dict[str, tuple[str, str]], templates: tuple[str, ...]) -
     }  # fmt: skip
 
 
-def make_study(targets: dict[str, tuple[str, str]] | None = None, templates: tuple[str, ...] = ("raw", "shared")) -> Study:
+def make_study(
+    targets: dict[str, tuple[str, str]] | None = None, templates: tuple[str, ...] = ("raw", "shared")
+) -> Study:
     """A study as `study` writes it: 8 blocks, one target attenuated from block 3 on, one undecided, one preserved."""
     targets = targets or TARGETS
     rows: list[dict[str, Any]] = []
@@ -159,9 +165,14 @@ def make_study(targets: dict[str, tuple[str, str]] | None = None, templates: tup
     return Study("tiny pair", _manifest(targets, templates), tables)
 
 
-def make_phantom() -> Study:
+def make_small() -> Study:
+    """One target, one template: what a test needs that renders a whole report of its own."""
+    return make_study({"valence": TARGETS["valence"]}, templates=("raw",))
+
+
+def make_phantom(study: Study | None = None) -> Study:
     """The same study, of a pair whose difference was planted."""
-    study = make_study()
+    study = study or make_study()
     truth = {
         "schema_version": 1, "family": "planted", "concept": "valence", "layer": 3, "keep_intended": 0.4,
         "keep_achieved": 0.385, "attenuation_by_layer": [0.0] * 4 + [0.615] * 5, "n_scenarios": 2000, "seed": 0,
@@ -222,7 +233,13 @@ class Page:
     def open(self, path: Path, width: int, height: int, *, mobile: bool = False) -> None:
         """Open a file at a window size and wait until the figures in the window are drawn."""
         self.events.clear()
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=mobile,
+        )
         self.ask("Emulation.setTouchEmulationEnabled", enabled=mobile)
         self.ask("Page.navigate", url=path.as_uri())
         drawn = """document.readyState == 'complete' && !!document.querySelector('#overview') &&
@@ -243,7 +260,11 @@ class Page:
 
     def requests(self) -> list[str]:
         """Every address asked for that is not in the file itself."""
-        sent = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        sent = [
+            e["params"]["request"]["url"]
+            for e in self.events
+            if e.get("method") == "Network.requestWillBeSent"
+        ]
         return [url for url in sent if not url.startswith(("data:", "blob:"))]
 
     def complaints(self) -> list[str]:
@@ -257,3 +278,286 @@ class Page:
         self.process.wait(30)
         os.close(self._write)
         os.close(self._read)
+
+
+@pytest.fixture(scope="module")
+def rendered() -> str:
+    return report.render_report(make_phantom())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    opened = Page(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+def _without_scripts(text: str) -> str:
+    """What a reader sees: no scripts, styles, tags or embedded images."""
+    text = re.sub(r"<(script|style)\b.*?</\1>", " ", text, flags=re.S)
+    return html.unescape(re.sub(r"<[^>]*>", " ", text))
+
+
+def _pictures(text: str) -> list[str]:
+    return [base64.b64decode(d).decode() for d in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", text)]
+
+
+@pytest.fixture(scope="module")
+def small() -> str:
+    return report.render_report(make_small())
+
+
+def test_the_same_study_gives_the_same_bytes(small: str) -> None:
+    assert report.render_report(make_small()) == small
+
+
+def test_another_process_with_another_hash_seed_gives_the_same_bytes(small: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_report; from empathy_probes import report; "
+        "report.write_report(test_report.make_small(), sys.argv[2])"
+    )
+    out = tmp_path / "again.html"
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(out)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"})
+    assert out.read_text(encoding="utf8") == small
+
+
+def test_a_changed_number_changes_the_report(small: str) -> None:
+    study = make_small()
+    study.tables["attenuation"].loc[0, "base"] += 0.1
+    assert report.render_report(study) != small
+
+
+def test_settings_of_the_user_do_not_reach_the_figures_and_stay_as_they_were(small: str) -> None:
+    with matplotlib.rc_context({"font.size": 31, "svg.fonttype": "path", "axes.facecolor": "red"}):
+        before = dict(matplotlib.rcParams)
+        assert report.render_report(make_small()) == small
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_no_reader_ever_sees_nan_or_none(rendered: str) -> None:
+    shown = [_without_scripts(rendered), *(re.sub(r"<[^>]*>", " ", p) for p in _pictures(rendered))]
+    for text in shown:
+        found = re.search(r"\b(nan|NaN|None|NaT|<NA>|inf)\b", text)
+        assert found is None, text[max(found.start() - 60, 0) : found.end() + 60]
+    for data in re.findall(r'type="application/json"[^>]*>(.*?)</script>', rendered, flags=re.S):
+        json.loads(data, parse_constant=pytest.fail)
+
+
+def test_integer_columns_with_missing_values_are_read_like_others(small: str) -> None:
+    study = make_small()
+    frames = {name: frame.copy() for name, frame in study.tables.items()}
+    frames["attenuation"]["layer"] = frames["attenuation"]["layer"].astype("Int64")
+    for column in ("onset_lower", "onset_upper", "peak_layer"):
+        frames["onset"][column] = frames["onset"][column].astype("Int64")
+    assert report.render_report(replace(study, tables=frames)) == small
+
+
+def test_a_blank_cell_says_why(rendered: str) -> None:
+    why = html.escape(report.wording.FLAGS["base_not_detected"])
+    assert re.search(rf'<td[^>]*title="{re.escape(why)}[^"]*">–</td>', rendered)
+
+
+def test_a_hostile_name_is_harmless_everywhere() -> None:
+    name = "<script>alert(1)</script><!--$x$&"
+    text = report.render_report(make_study({name: ("<b>", "attenuated")}, templates=("raw",)))
+    assert "<script>alert" not in text and "<!--$" not in text and "<b>" not in _strip_script(text)
+    assert text.count("<script") == 2 + text.count('<script type="application/json"')
+    for picture in _pictures(text):
+        assert "<script" not in picture
+    assert html.escape(name) in text
+
+
+def _strip_script(text: str) -> str:
+    return re.sub(r"<script\b.*?</script>", "", text, flags=re.S)
+
+
+def test_the_page_asks_for_nothing_outside_itself(rendered: str) -> None:
+    outside = re.sub(r"<script\b.*?</script>|<style\b.*?</style>", "", rendered, flags=re.S)
+    links = re.findall(r"""(?:src|href|action|srcset|poster)\s*=\s*["']?([^"'\s>]+)""", outside)
+    assert links and all(link.startswith(("#", "data:")) for link in links)
+    assert "url(" not in rendered.split("<style>")[1].split("</style>")[0]
+    assert rendered.count(report.plotly_js()[:2000]) == 1
+
+
+def test_every_link_inside_the_page_has_a_target(rendered: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', _strip_script(rendered))
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in re.findall(r'href="(#[^"]+)"', rendered)} <= set(ids)
+
+
+def test_cards_stand_worst_first_and_say_where_how_much_how_sure_and_against_what(rendered: str) -> None:
+    cards = _without_scripts(rendered.split('id="headlines"')[1].split("</section>")[0])
+    assert [n for n in re.findall(r"\b(valence|warmth|hedging)\b", cards)] == ["valence", "warmth", "hedging"]
+    cards = " ".join(cards.split())
+    assert "0.62 [0.53, 0.71]" in cards
+    assert "attenuated by block 3; could begin as early as block 2" in cards
+    assert "8 control concepts" in cards
+    assert (
+        "smallest attenuation this run could have shown: 0.41; about 310 scenarios would settle it" in cards
+    )
+    assert "shown equivalent: the 90 % interval lies within ±0.2 at every block" in cards
+
+
+def test_a_phantom_shows_what_was_planted_beside_what_was_found(rendered: str) -> None:
+    box = " ".join(_without_scripts(rendered.split('id="planted"')[1].split("</section>")[0]).split())
+    assert "attenuation of valence from block 3 on; measured keep 0.385" in box
+    assert "✓ onset set holds the planted layer" in box and "✓ band holds the truth 0.61 at block 4" in box
+    assert box.count("no change claimed") == 2
+
+
+def test_a_pair_that_is_no_phantom_has_no_such_box(small: str) -> None:
+    assert 'id="planted"' not in small
+
+
+def test_a_missed_phantom_is_called_missed() -> None:
+    study = make_phantom(make_small())
+    truth = study.manifest["planted"] | {"layer": 6, "attenuation_by_layer": [0.0] * 7 + [0.2] * 2}
+    box = report.render_report(replace(study, manifest=study.manifest | {"planted": truth}))
+    assert "✗ onset set misses the planted layer" in box and "✗ band misses the truth 0.00 at block 4" in box
+
+
+def test_a_table_without_a_section_of_its_own_is_still_shown() -> None:
+    study = make_small()
+    extra = pd.DataFrame(
+        {"concept": ["valence"], "coupling": [1.5], "coupling_lower": [1.0], "coupling_upper": [2.0]}
+    )
+    text = report.render_report(replace(study, tables=study.tables | {"coupling": extra}))
+    assert 'id="coupling"' in text and "1.500 [1.000, 2.000]" in text
+
+
+def test_an_unknown_flag_is_shown_raw() -> None:
+    study = make_small()
+    study.tables["attenuation"].loc[0, "flags"] = "brand_new_flag"
+    text = report.render_report(study)
+    assert 'id="flag-brand_new_flag"' in text
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = report.write_report(make_small(), tmp_path)
+    assert written == tmp_path / "report.html" and [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    before = written.read_bytes()
+    monkeypatch.setattr(report, "render_report", lambda study: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write_report(make_small(), tmp_path)
+    assert written.read_bytes() == before
+
+
+def test_nothing_measured_and_no_controls_still_make_a_report() -> None:
+    study = make_study({"warmth": ("x", "inconclusive")}, templates=("raw",))
+    frame = study.tables["attenuation"]
+    frame = frame[frame["role"] == "target"].copy()
+    kept = ["concept", "role", "template", "site", "layer", "depth", "measure", "n_scenarios", "flags"]
+    frame.loc[:, [c for c in frame.columns if c not in kept]] = np.nan
+    frame["flags"] = "base_not_detected;no_controls"
+    headline = _headline("warmth", "inconclusive", "raw") | {"decision": "", "minimum_detectable": None, "flags": [
+        "base_not_detected"], "scenarios_needed": None, "n_controls": 0, "quantity": "attenuation"}  # fmt: skip
+    manifest = study.manifest | {"headlines": [headline]}
+    text = report.render_report(
+        replace(study, manifest=manifest, tables=study.tables | {"attenuation": frame})
+    )
+    shown = " ".join(_without_scripts(text).split())
+    assert "nothing can be said. The base model does not show this contrast" in shown
+    assert "no controls were measured" in shown and "nan" not in shown
+
+
+@pytest.mark.parametrize("figure", [plots.attenuation_figure, plots.attenuation_plotly])
+def test_an_unknown_concept_is_an_error_that_names_what_there_is(figure: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match=r"'anger'.*expected one of.*valence"):
+        figure(make_study().tables["attenuation"], None, "anger", template="raw", site="resid_post")
+
+
+def test_print_and_screen_show_the_same_numbers() -> None:
+    study = make_phantom()
+    arguments = {"template": "shared", "site": "resid_post", "planted": study.manifest["planted"]}
+    frames = (study.tables["attenuation"], study.tables["onset"], "valence")
+    static, live = (
+        plots.attenuation_figure(*frames, **arguments),
+        plots.attenuation_plotly(*frames, **arguments),
+    )
+    drawn = {
+        line.get_label(): list(line.get_ydata()) for axes in static.axes[:3] for line in axes.get_lines()
+    }
+    shown = {
+        t.name: [np.nan if v is None else v for v in t.y] for t in live.data if t.mode == "lines+markers"
+    }
+    assert {"base", "aligned", "specific (simultaneous)", "planted truth"} <= set(shown)
+    for name in shown:
+        np.testing.assert_array_equal(shown[name], np.asarray(drawn[name], float))
+
+
+def test_plot_takes_a_study_a_result_and_a_frame_and_refuses_the_rest() -> None:
+    study = make_study()
+    result = type("Result", (), {"to_frame": lambda self: study.tables["attenuation"]})()
+    for thing in (study, result, study.tables["attenuation"]):
+        assert isinstance(plots.plot(thing), matplotlib.figure.Figure)
+    for wrong in (3, pd.DataFrame({"x": [1]}), study.tables["attenuation"].iloc[:0]):
+        with pytest.raises(InputError, match="expected"):
+            plots.plot(wrong)
+
+
+def test_a_result_shows_itself_in_a_notebook() -> None:
+    frame = make_study().tables["attenuation"]
+    text = report.finding_html(type("Result", (), {"to_frame": lambda self: frame})())
+    assert text.count("<img") == 1 and "valence" in text and "<script" not in text
+
+
+@browser
+def test_the_page_opens_from_a_file_draws_its_figures_and_asks_for_nothing(
+    page: Page, rendered: str, tmp_path: Path
+) -> None:
+    (tmp_path / "report.html").write_text(rendered, encoding="utf8")
+    page.open(tmp_path / "report.html", 1280, 900)
+    assert page.run("getComputedStyle(document.querySelector('#overview .static')).display") == "none"
+    assert page.complaints() == []
+    assert page.requests() == [(tmp_path / "report.html").as_uri()]
+
+
+@browser
+def test_on_a_phone_nothing_is_wider_than_the_screen(page: Page, rendered: str, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(rendered, encoding="utf8")
+    page.open(tmp_path / "report.html", 390, 844, mobile=True)
+    assert page.run("document.documentElement.scrollWidth") == 390
+    outside = """[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') &&
+        e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 200))"""
+    assert page.run(outside) == []
+
+
+@browser
+def test_headings_sort_and_the_filter_filters(page: Page, rendered: str, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(rendered, encoding="utf8")
+    page.open(tmp_path / "report.html", 1280, 900)
+    column = "[...document.querySelectorAll('#rows tbody tr')].map(r => r.cells[4].dataset.sort || '')"
+    page.run("document.querySelectorAll('#rows th button')[4].click()")
+    layers = page.run(column)
+    known = [float(v) for v in layers if v]
+    assert known == sorted(known) and layers[len(known) :] == [""] * (len(layers) - len(known)) != []
+    page.run("""(() => { const box = document.querySelector('.filter input'); box.value = 'valence auroc';
+        box.dispatchEvent(new Event('input')); })()""")
+    visible = page.run(
+        "[...document.querySelectorAll('#rows tbody tr')].filter(r => !r.hidden).map(r => r.innerText)"
+    )
+    assert visible and all("valence" in row and "auroc" in row for row in visible)
+
+
+@browser
+def test_a_hostile_name_runs_nothing_in_a_browser(page: Page, tmp_path: Path) -> None:
+    name = "<img src=x onerror=alert(1)><script>alert(1)</script>"
+    path = report.write_report(make_study({name: ("x", "attenuated")}, templates=("raw",)), tmp_path)
+    page.open(path, 1280, 900)
+    assert page.complaints() == [] and page.requests() == [path.as_uri()]
+    assert page.run("[...document.querySelectorAll('img')].every(i => i.src.startsWith('data:'))")
+    assert name in page.run("document.querySelector('.card h3').innerText")
+
+
+@browser
+def test_print_shows_the_static_figures(page: Page, rendered: str, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(rendered, encoding="utf8")
+    page.open(tmp_path / "report.html", 1280, 900)
+    page.ask("Emulation.setEmulatedMedia", media="print")
+    shown = [
+        page.run(f"getComputedStyle(document.querySelector('#overview .{c}')).display")
+        for c in ("static", "live")
+    ]
+    page.ask("Emulation.setEmulatedMedia", media="")
+    assert shown == ["block", "none"]

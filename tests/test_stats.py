@@ -73,11 +73,22 @@ def test_u_statistic_does_not_depend_on_the_order_of_the_units():
     np.testing.assert_allclose(shuffled.variance, u_statistic(kernel).variance, rtol=1e-9)
 
 
-def test_variance_of_a_combination_is_the_variance_of_the_combined_kernel():
+def second_order(kernel: np.ndarray) -> np.ndarray:
+    """2 zeta_2 / (n (n-1)), written out."""
+    n = kernel.shape[-1]
+    k = kernel * (1 - np.eye(n))
+    r = k.sum(axis=-1)
+    total = r.sum(axis=-1)[:, None, None]
+    centred = k - (r[:, :, None] + r[:, None]) / (n - 2) + total / ((n - 1) * (n - 2))
+    zeta2 = ((centred * (1 - np.eye(n))) ** 2).sum(axis=(-2, -1)) / (n * (n - 3))
+    return 2 * zeta2 / (n * (n - 1))
+
+
+def test_variance_of_a_combination_is_that_of_the_combined_kernel_with_half_a_second_order_term_more():
     base, aligned = gram(3), gram(4, signal=0.5)
-    pair = pair_kernels(base, aligned)
-    combined = combined_variance(pair, np.float64(-0.3) * np.ones(3), np.ones(3))
-    np.testing.assert_allclose(combined, u_statistic(aligned - 0.3 * base).variance, rtol=1e-9)
+    combined = combined_variance(pair_kernels(base, aligned), np.full(3, -0.3), np.ones(3))
+    kernel = aligned - 0.3 * base
+    np.testing.assert_allclose(combined, u_statistic(kernel).variance + 0.5 * second_order(kernel), rtol=1e-9)
 
 
 def test_a_kernel_over_too_few_units_is_refused():
@@ -111,10 +122,11 @@ def test_log_ratio_is_the_u_statistic_of_the_ratio_kernel():
     base, aligned = gram(6, signal=2.0), gram(7, signal=1.5)
     pair = pair_kernels(base, aligned)
     scaled = [k / u[:, None, None] for k, u in zip((base, aligned), pair.u, strict=True)]
-    direct = u_statistic((scaled[1] - scaled[0]) / 2)
+    kernel = (scaled[1] - scaled[0]) / 2
+    direct = u_statistic(kernel)
     ratio = log_ratio(pair)
     np.testing.assert_allclose(direct.value, 0, atol=1e-12)
-    np.testing.assert_allclose(ratio.se, np.sqrt(direct.variance), rtol=1e-8)
+    np.testing.assert_allclose(ratio.se, np.sqrt(direct.variance + 0.5 * second_order(kernel)), rtol=1e-8)
     np.testing.assert_allclose(ratio.influence, 2 * direct.influence, rtol=1e-8, atol=1e-11)
 
 

@@ -22,7 +22,14 @@ import numpy as np
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.controls import build_reference, gap_to
 from empathy_probes.decisions import judge
-from empathy_probes.kernels import fieller, is_strong, log_ratio, pair_kernels, strength_difference
+from empathy_probes.kernels import (
+    KernelPair,
+    fieller,
+    is_strong,
+    log_ratio,
+    pair_kernels,
+    strength_difference,
+)
 from empathy_probes.stats import (
     auroc_difference,
     auroc_interval,
@@ -125,6 +132,15 @@ def naive_gap(base: np.ndarray, aligned: np.ndarray, folds: int = 5) -> tuple[np
     return kept, error
 
 
+def textbook_error(pair: KernelPair, on_base: np.ndarray, on_aligned: np.ndarray) -> np.ndarray:
+    """Standard error of a combination with the unbiased second-order term, for comparison."""
+    zeta1, zeta2 = (
+        on_base**2 * z[0, 0] + 2 * on_base * on_aligned * z[0, 1] + on_aligned**2 * z[1, 1]
+        for z in (pair.zeta1, pair.zeta2)
+    )
+    return np.sqrt(4 * np.maximum(zeta1, 0) / pair.n + 2 * zeta2 / (pair.n * (pair.n - 1)))
+
+
 def ratio_cell(rng: np.random.Generator, replicates: int, setting: dict, batch: int = 50) -> Iterator[Cell]:
     """Coverage of every interval of the keep in one setting."""
     n, keep = setting["n"], setting["keep"]
@@ -152,8 +168,19 @@ def ratio_cell(rng: np.random.Generator, replicates: int, setting: dict, batch: 
         add("fieller", set_covers)
         add("log_share", both)
         add("package", np.where(both, log_covers, set_covers))
-        add("written", np.where(only_aligned, log_covers, set_covers))
         add("theta", ratio.theta - truth)
+        u = np.where(pair.u > 0, pair.u, 1.0)
+        plain_log = abs(ratio.theta - truth) <= t * textbook_error(pair, -0.5 / u[0], 0.5 / u[1])
+        gap_now, one = pair.u[1] - keep**2 * pair.u[0], np.ones(size)
+        plain_set = abs(gap_now) <= t * textbook_error(pair, -(keep**2) * one, one)
+        add("textbook", np.where(only_aligned, plain_log, plain_set))
+        # Simultaneous bands over a dozen layers live at about 2.9 standard errors.
+        wide = fieller(pair, 2.9)
+        wide_set = (wide[0] <= keep) & (keep <= wide[1])
+        add("far", np.where(both, abs(ratio.theta - truth) <= 2.9 * ratio.se, wide_set))
+        far_log = abs(ratio.theta - truth) <= 2.9 * textbook_error(pair, -0.5 / u[0], 0.5 / u[1])
+        far_set = abs(gap_now) <= 2.9 * textbook_error(pair, -(keep**2) * one, one)
+        add("far_textbook", np.where(only_aligned, far_log, far_set))
         difference = strength_difference(pair)
         gap = keep - 1
         add("difference", (difference.lower <= gap) & (gap <= difference.upper))
@@ -166,7 +193,9 @@ def ratio_cell(rng: np.random.Generator, replicates: int, setting: dict, batch: 
     yield share("ratio", name, "base_detected", shown)
     yield share("ratio", name, "log_form_used", c["log_share"][shown])
     yield share("ratio", name, "package", c["package"][shown])
-    yield share("ratio", name, "form_by_aligned_only", c["written"][shown])
+    yield share("ratio", name, "textbook_variance", c["textbook"][shown])
+    yield share("ratio", name, "package_at_2.9_se", c["far"][shown])
+    yield share("ratio", name, "textbook_variance_at_2.9_se", c["far_textbook"][shown])
     yield share("ratio", name, "fieller", c["fieller"][shown])
     yield share("ratio", name, "log_where_positive", c["log"][shown & c["log_defined"]])
     yield share("ratio", name, "difference", c["difference"])
@@ -244,7 +273,9 @@ def band_cell(
     onset_layer = 5
     theta = np.zeros(LAYERS)
     theta[onset_layer:] = np.log(keep) if keep > 0 else -np.inf
-    theta[-1] = theta[-1] + np.log(0.8) if keep > 0 else -np.inf
+    if 0 < keep < 1:
+        # One layer more attenuated than the others, for the peak.
+        theta[-1] += np.log(0.8)
     attenuation = -np.expm1(theta)
     rows: dict[str, list[float]] = {}
     for i in range(replicates):

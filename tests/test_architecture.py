@@ -1,0 +1,101 @@
+"""The floors: a module imports only from floors below its own, and the package stays light to import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import empathy_probes
+
+PACKAGE = Path(empathy_probes.__file__).parent
+
+# The newcomer's map: everything on a line may import from the lines above it.
+FLOORS = (
+    {"errors"},
+    {"stats", "sites", "interventions", "store", "batches"},
+    {"kernels", "stimuli", "activations", "grammar"},
+    {"prompts", "probes", "concepts", "contrasts"},
+    {"models", "controls"},
+    {"pairs", "extraction", "decisions"},
+    {"design"},
+    {"attenuation"},
+    {"ledger", "phantoms"},
+    {"study"},
+    {"wording", "drawing"},
+    {"tables"},
+    {"plots"},
+    {"report"},
+    {"cli"},
+)
+# One-line methods of results that show themselves.
+LATE = {("attenuation", "plots"), ("attenuation", "report")}
+
+
+def floor_of(module: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if module in names)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "empathy_probes":
+            found |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").is_file()}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("empathy_probes."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("empathy_probes.")}
+    return found
+
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def test_every_module_stands_on_exactly_one_floor() -> None:
+    placed = [name for floor in FLOORS for name in sorted(floor)]
+    assert sorted(placed) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_floors_below(module: str) -> None:
+    for other in imports(PACKAGE / f"{module}.py"):
+        assert (module, other) in LATE or floor_of(other) < floor_of(module), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "models"])
+def test_only_models_knows_transformers_and_hooks(module: str) -> None:
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf8")
+    roots = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            roots.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+    assert not roots & {"transformers", "transformer_lens", "peft"}
+    assert "register_forward" not in source and "fwd_hooks" not in source
+
+
+def test_every_public_name_resolves() -> None:
+    for name in empathy_probes.__all__:
+        assert getattr(empathy_probes, name) is not None
+
+
+def test_no_public_function_has_the_name_of_a_module() -> None:
+    assert not set(empathy_probes.__all__) & set(MODULES)
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["compare", "--help"], ["--version"]])
+def test_import_and_help_load_neither_torch_nor_transformer_lens(argv: list[str]) -> None:
+    code = (
+        "import sys, contextlib, io, empathy_probes, empathy_probes.cli as cli\n"
+        f"argv = {argv!r}\n"
+        "if argv:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        cli.main(argv)\n"
+        "print(sorted({'torch', 'transformers', 'transformer_lens', 'pandas', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

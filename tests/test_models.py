@@ -1,0 +1,304 @@
+"""The run primitive: reading changes nothing, edits are exact, nothing is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CHAT, MAKERS, tiny_llama, word_tokenizer
+
+from empathy_probes.batches import Pool, pad_tokens
+from empathy_probes.errors import InputError
+from empathy_probes.interventions import add_vector, at_positions, mean_ablate, project_out, replace_component, replace_with
+from empathy_probes.models import Model, load_model
+from empathy_probes.pairs import load_pair, make_pair
+from empathy_probes.sites import COMPONENTS, Site
+
+TEXTS = ["the old man saw a red bird .", "a dog .", "there was rain and then the sun was very large ."]
+# float32 through four small blocks, batched differently.
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def hooks_left(model: Model) -> int:
+    count = 0
+    for module in model.bridge.modules():
+        count += len(module._forward_hooks) + len(module._forward_pre_hooks)
+        count += len(getattr(module, "fwd_hooks", []))
+    return count
+
+
+def all_sites(model: Model) -> list[Site]:
+    return [Site(-1), *(Site(layer, c) for layer in range(model.n_layers) for c in COMPONENTS)]
+
+
+def test_logits_equal_a_plain_transformers_forward(model: Model) -> None:
+    shape = "gpt2" if "GPT2" in model.architecture else "llama"
+    reference = MAKERS[shape]()
+    batch = model.tokenize(TEXTS[:1])
+    with torch.inference_mode():
+        expected = reference(batch.ids).logits
+        got = model.run(batch).logits
+    assert got is not None
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_reading_changes_nothing_and_leaves_no_hook(model: Model) -> None:
+    before = hooks_left(model)
+    plain = model.run(TEXTS).logits
+    read = model.run(TEXTS, read=all_sites(model)).logits
+    assert torch.equal(plain, read)
+    assert hooks_left(model) == before
+
+
+def test_residual_sites_add_up(model: Model) -> None:
+    acts = model.run(TEXTS, read=all_sites(model)).acts
+    for layer in range(model.n_layers):
+        site = {c: acts[Site(layer, c)] for c in COMPONENTS}
+        torch.testing.assert_close(site["resid_pre"] + site["attn_out"], site["resid_mid"], **CLOSE)
+        torch.testing.assert_close(site["resid_mid"] + site["mlp_out"], site["resid_post"], **CLOSE)
+        assert torch.equal(site["resid_pre"], acts[Site(layer - 1)])
+
+
+def test_stopping_early_reads_the_same_and_never_reaches_the_unembedding(model: Model) -> None:
+    ran = []
+    handle = model.bridge.unembed.register_forward_hook(lambda *_: ran.append(1))
+    whole = model.run(TEXTS, read=[Site(1)])
+    assert ran
+    ran.clear()
+    stopped = model.run(TEXTS, read=[Site(1)], last_layer=1)
+    last = model.run(TEXTS, read=[Site(model.n_layers - 1)], last_layer=model.n_layers - 1)
+    handle.remove()
+    assert not ran and stopped.logits is None and last.logits is None
+    assert torch.equal(stopped.acts[Site(1)], whole.acts[Site(1)])
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_writing_what_was_read_changes_nothing(model: Model, component: str) -> None:
+    site = Site(2, component)
+    plain = model.run(TEXTS, read=[site])
+    again = model.run(TEXTS, write={site: replace_with(plain.acts[site])})
+    torch.testing.assert_close(again.logits, plain.logits, **CLOSE)
+
+
+@pytest.mark.parametrize("component", ["resid_pre", "resid_mid", "resid_post"])
+def test_replacing_a_whole_residual_stream_moves_the_run_to_the_other_prompt(model: Model, component: str) -> None:
+    site = Site(2, component)
+    one, other = ["the man saw a red bird ."], ["the cat met the old dog ."]
+    donor = model.run(other, read=[site])
+    moved = model.run(one, write={site: replace_with(donor.acts[site])})
+    torch.testing.assert_close(moved.logits, donor.logits, **CLOSE)
+
+
+def test_a_zero_dose_changes_nothing(model: Model) -> None:
+    vector = torch.ones(model.d_model)
+    edits = {Site(layer, c): add_vector(vector, 0.0) for layer in range(4) for c in ("resid_pre", "mlp_out")}
+    assert torch.equal(model.run(TEXTS, write=edits).logits, model.run(TEXTS).logits)
+
+
+def test_an_exception_inside_an_edit_leaves_no_hook_and_the_same_model(model: Model) -> None:
+    before, plain = hooks_left(model), model.run(TEXTS).logits
+
+    def broken(acts: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("broken edit")
+
+    with pytest.raises(RuntimeError, match="broken edit"):
+        model.run(TEXTS, read=[Site(0)], write={Site(1): broken}, last_layer=2)
+    assert hooks_left(model) == before
+    assert torch.equal(model.run(TEXTS).logits, plain)
+
+
+def test_an_edit_never_touches_what_was_read_before_it(model: Model) -> None:
+    plain = model.run(TEXTS, read=[Site(0)])
+
+    def in_place(acts: torch.Tensor) -> torch.Tensor:
+        acts += 100.0
+        return acts
+
+    edited = model.run(TEXTS, read=[Site(0)], write={Site(1, "resid_pre"): in_place})
+    assert torch.equal(edited.acts[Site(0)], plain.acts[Site(0)])
+
+
+def test_an_edit_that_never_fires_is_an_error(llama: Model) -> None:
+    with pytest.raises(InputError, match="outside the layers"):
+        llama.run(TEXTS, write={Site(9): add_vector(torch.ones(llama.d_model), 1.0)})
+    with pytest.raises(InputError, match="outside the layers"):
+        llama.run(TEXTS, read=[Site(3)], last_layer=1)
+
+
+@pytest.mark.parametrize("after", [-1, 0, 2])
+def test_replay_from_a_state_equals_the_whole_run(model: Model, after: int) -> None:
+    whole = model.run(TEXTS, read=[Site(after), Site(3, "attn_out")], capture=True)
+    again = model.replay(whole, whole.acts[Site(after)], after, read=[Site(3, "attn_out")])
+    mask = model.tokenize(TEXTS).mask.bool()
+    torch.testing.assert_close(again.logits[mask], whole.logits[mask], **CLOSE)
+    torch.testing.assert_close(again.acts[Site(3, "attn_out")][mask], whole.acts[Site(3, "attn_out")][mask], **CLOSE)
+
+
+def test_replay_carries_a_batch_that_is_a_multiple_of_the_captured_one(model: Model) -> None:
+    batch = model.tokenize(TEXTS)
+    whole = model.run(batch, read=[Site(1)], capture=True)
+    state = whole.acts[Site(1)].repeat(3, 1, 1)
+    again = model.replay(whole, state, 1)
+    mask = batch.mask.bool()
+    for copy in again.logits.chunk(3):
+        torch.testing.assert_close(copy[mask], whole.logits[mask], **CLOSE)
+
+
+def test_replay_accepts_an_edit_and_stops_early(model: Model) -> None:
+    edit = {Site(2): project_out(torch.arange(model.d_model, dtype=torch.float32))}
+    whole = model.run(TEXTS, read=[Site(0)], capture=True)
+    direct = model.run(TEXTS, write=edit, read=[Site(3)])
+    again = model.replay(whole, whole.acts[Site(0)], 0, read=[Site(3)], write=edit, last_layer=3)
+    mask = model.tokenize(TEXTS).mask.bool()
+    torch.testing.assert_close(again.acts[Site(3)][mask], direct.acts[Site(3)][mask], **CLOSE)
+    assert again.logits is None
+
+
+def test_the_self_check_trusts_these_architectures(model: Model) -> None:
+    assert model.replay_refusal is None
+
+
+def test_the_self_check_refuses_a_model_whose_suffix_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = load_model((tiny_llama(3), word_tokenizer()), device="cpu")
+    monkeypatch.setattr(Model, "_unembed", lambda self, state: 2 * self.bridge.unembed(self.bridge.ln_final(state)))
+    assert "misses the plain forward pass" in str(broken.replay_refusal)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_side_and_company_change_no_activation(model: Model, left: bool) -> None:
+    token_rows = [list(ids[: int(m.sum())]) for ids, m in zip(*vars_of(model), strict=True)]
+    batch = pad_tokens(token_rows, left=left)
+    together = model.run(batch, read=[Site(3)], pool=Pool.of([[len(r) - 1] for r in token_rows], batch)).acts[Site(3)]
+    for row, pooled in zip(token_rows, together, strict=True):
+        alone = model.run(pad_tokens([row]), read=[Site(3)]).acts[Site(3)][0, -1]
+        torch.testing.assert_close(pooled, alone, **CLOSE)
+
+
+def vars_of(model: Model) -> tuple[list[list[int]], torch.Tensor]:
+    batch = model.tokenize(TEXTS)
+    return batch.ids.tolist(), batch.mask
+
+
+def test_pooling_inside_the_read_equals_pooling_outside(model: Model) -> None:
+    batch = model.tokenize(TEXTS)
+    read = [[0, 2, 3], [1], [4, 5]]
+    outside = model.run(batch, read=[Site(2)]).acts[Site(2)]
+    inside = model.run(batch, read=[Site(2)], pool=Pool.of(read, batch)).acts[Site(2)]
+    expected = torch.stack([outside[i, positions].mean(0) for i, positions in enumerate(read)])
+    torch.testing.assert_close(inside, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_edits_are_pure_functions_of_a_tensor() -> None:
+    acts, vector = torch.randn(2, 3, 8), torch.randn(8)
+    kept = acts.clone()
+    once = project_out(vector)(acts)
+    torch.testing.assert_close(project_out(vector)(once), once)
+    torch.testing.assert_close(once @ vector, torch.zeros(2, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(add_vector(vector, 2.0)(acts), acts + 2 * vector)
+    other = torch.randn(2, 3, 8)
+    mixed = replace_component(other, vector)(acts)
+    torch.testing.assert_close(mixed @ vector, other @ vector, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(project_out(vector)(mixed), once, atol=1e-5, rtol=1e-4)
+    assert torch.equal(mean_ablate(vector)(acts)[1, 2], vector)
+    there = at_positions(mean_ablate(vector), [0, 2])(acts)
+    assert torch.equal(there[0, 1], acts[0, 1]) and torch.equal(there[1, 2], vector)
+    assert torch.equal(acts, kept)
+
+
+def test_loading_leaves_the_callers_model_and_tokenizer_as_they_were() -> None:
+    mine, tokenizer = tiny_llama(1), word_tokenizer(CHAT)
+    keys = list(mine.state_dict())
+    loaded = load_model((mine, tokenizer), device="cpu")
+    assert list(mine.state_dict()) == keys
+    assert loaded.tokenizer.chat_template == CHAT
+    assert len(loaded.tokenizer("the man")["input_ids"]) == 3  # one BOS
+
+
+def test_a_saved_checkpoint_loads_offline_and_has_the_same_weights(tmp_path: Path) -> None:
+    mine = tiny_llama(1)
+    mine.save_pretrained(tmp_path / "m")
+    word_tokenizer().save_pretrained(tmp_path / "m")
+    loaded = load_model(tmp_path / "m", device="cpu")
+    assert loaded.weights == load_model((mine, word_tokenizer()), device="cpu").weights
+    assert load_model(tmp_path / "m", dtype="bfloat16", device="cpu").dtype == "bfloat16"
+
+
+def test_fingerprints_change_with_weights_configuration_and_dtype() -> None:
+    prints = [
+        load_model((tiny_llama(seed, **changes), word_tokenizer()), dtype=dtype, device="cpu").fingerprint
+        for seed, changes, dtype in ((0, {}, None), (1, {}, None), (0, {"rms_norm_eps": 1e-3}, None), (0, {}, "bfloat16"))
+    ]
+    assert len(set(prints)) == 4
+
+
+def pair_of(base: Any, aligned: Any, **options: Any) -> Any:
+    return load_pair((base, word_tokenizer()), (aligned, word_tokenizer()), device="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    ("aligned", "what"),
+    [
+        ({"num_hidden_layers": 3}, "number of blocks"),
+        ({"hidden_size": 64}, "d_model"),
+        ({"vocab_size": 20}, "vocabulary"),
+    ],
+)
+def test_pairs_that_cannot_be_compared_are_refused_naming_both_sides(aligned: dict[str, Any], what: str) -> None:
+    with pytest.raises(InputError, match=f"{what}.*base 'LlamaForCausalLM'.*aligned 'LlamaForCausalLM'"):
+        pair_of(tiny_llama(0), tiny_llama(1, **aligned))
+
+
+def test_another_architecture_or_dtype_is_refused(llama: Model) -> None:
+    gpt2 = load_model((MAKERS["gpt2"](), word_tokenizer()), device="cpu")
+    with pytest.raises(InputError, match="architecture"):
+        make_pair(llama, gpt2)
+    half = load_model((tiny_llama(1), word_tokenizer()), dtype="bfloat16", device="cpu")
+    with pytest.raises(InputError, match="dtype"):
+        make_pair(llama, half)
+
+
+def test_vocabularies_may_differ_in_added_specials_and_padding_rows_only() -> None:
+    wider = word_tokenizer()
+    wider.add_special_tokens({"additional_special_tokens": ["<user>", "<model>", "<end>", "<tool>"]})
+    pair = load_pair((tiny_llama(0), word_tokenizer()), (tiny_llama(1, vocab_size=72), wider), device="cpu")
+    assert pair.aligned.d_vocab == 72
+    swapped = word_tokenizer()
+    swapped._tokenizer = type(swapped._tokenizer).from_str(
+        swapped._tokenizer.to_str().replace('"red":', '"X":').replace('"blue":', '"red":').replace('"X":', '"blue":')
+    )
+    with pytest.raises(InputError, match="2 tokens differ"):
+        load_pair((tiny_llama(0), word_tokenizer()), (tiny_llama(1), swapped), device="cpu")
+
+
+def test_identical_models_are_refused_unless_allowed() -> None:
+    with pytest.raises(InputError, match="identical weights"):
+        pair_of(tiny_llama(0), tiny_llama(0))
+    assert pair_of(tiny_llama(0), tiny_llama(0), allow_identical=True).identical
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "nobody/no-such-model-anywhere"])
+def test_an_unknown_model_is_one_sentence(path: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_model(path)
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_adapter_makes_the_aligned_side(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_llama(0)
+    base.save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    torch.manual_seed(5)
+    tuned = get_peft_model(tiny_llama(0), LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "lora")
+    pair = load_pair(str(tmp_path / "base"), adapter=tmp_path / "lora", device="cpu")
+    merged = tuned.merge_and_unload()
+    batch = pair.aligned.tokenize(TEXTS[:1])
+    with torch.inference_mode():
+        torch.testing.assert_close(pair.aligned.run(batch).logits, merged(batch.ids).logits, **CLOSE)
+    assert not pair.identical
+    with pytest.raises(InputError, match="no adapter folder"):
+        load_pair(str(tmp_path / "base"), adapter=tmp_path / "base", device="cpu")

@@ -1,0 +1,166 @@
+"""The stimuli file: what is accepted, and what is refused by file, line, field and remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import rows
+
+from empathy_probes.concepts import list_concepts, load_concept, load_concept_file, load_controls, load_neutral
+from empathy_probes.errors import InputError
+from empathy_probes.stimuli import load_stimuli, stimuli_from_rows
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf8")
+    return path
+
+
+def test_a_file_becomes_one_set_named_by_its_stem(tmp_path: Path) -> None:
+    (found,) = load_stimuli(write(tmp_path / "colour.jsonl", rows(5)))
+    assert (found.concept, found.kind, found.read_kind, found.n_scenarios) == ("colour", "binary", "last", 5)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_csv_and_parquet_with_the_same_columns_give_the_same_digest(tmp_path: Path, suffix: str) -> None:
+    lines = [{**row, "read": {"span": "red" if row["label"] else "blue"}} for row in rows(5)]
+    frame = pd.DataFrame([{**line, "read": json.dumps(line["read"])} for line in lines])
+    path = tmp_path / f"colour.{suffix}"
+    frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
+    (table,) = load_stimuli(path)
+    (plain,) = load_stimuli(write(tmp_path / "colour.jsonl", lines))
+    assert table.digest == plain.digest
+
+
+def test_lines_that_name_a_concept_are_grouped_by_it(tmp_path: Path) -> None:
+    lines = [{**row, "concept": c} for c in ("one", "two") for row in rows(4, concept=c)]
+    assert [s.concept for s in load_stimuli(write(tmp_path / "both.jsonl", lines))] == ["one", "two"]
+
+
+def test_labels_decide_the_kind() -> None:
+    graded = [{**row, "label": row["label"] * 2} for row in rows(3)]
+    named = [{**row, "label": "red" if row["label"] else "blue"} for row in rows(3)]
+    assert stimuli_from_rows(graded, "c").kind == "graded"
+    assert stimuli_from_rows(named, "c").kind == "categorical"
+
+
+def test_clusters_are_the_unit() -> None:
+    lines = [{**row, "cluster": row["scenario"][-1]} for row in rows(20)]
+    assert stimuli_from_rows(lines, "c").n_scenarios == 10
+
+
+@pytest.mark.parametrize("change", ["text", "label", "scenario", "read"])
+def test_the_digest_changes_with_everything_that_can_change_a_number(change: str) -> None:
+    lines = rows(4)
+    before = stimuli_from_rows(lines, "c").digest
+    if change == "text":
+        lines[0]["text"] += " ."
+    elif change == "label":
+        lines[0]["label"], lines[1]["label"] = 0, 1
+    elif change == "scenario":
+        lines[0]["scenario"], lines[2]["scenario"] = lines[2]["scenario"], lines[0]["scenario"]
+    else:
+        lines = [{**row, "read": {"span": "red" if row["label"] else "blue"}} for row in lines]
+    assert stimuli_from_rows(lines, "c").digest != before
+
+
+GOOD = {"id": "a1", "scenario": "a", "text": "a red bird .", "label": 1}
+PAIR = {"id": "a0", "scenario": "a", "text": "a blue bird .", "label": 0}
+BAD: dict[str, tuple[list[Any], str]] = {
+    "malformed line": ([GOOD, PAIR, "{"], "line 3 is not JSON"),
+    "not an object": ([GOOD, "[1]"], "line 2 is a JSON list"),
+    "missing field": ([GOOD, {k: v for k, v in PAIR.items() if k != "label"}], "line 2, field 'label'"),
+    "unknown field": ([GOOD, {**PAIR, "colour": 1}], "line 2, field 'colour'"),
+    "empty text": ([GOOD, {**PAIR, "text": " "}], "line 2, field 'text'"),
+    "text and messages": ([GOOD, {**PAIR, "messages": [{"role": "user", "content": "x"}]}], "got 'both'"),
+    "bad role": ([{**GOOD, "text": None} | {"messages": [{"role": "bot", "content": "x"}]}], "field 'text'"),
+    "boolean label": ([GOOD, {**PAIR, "label": True}], "field 'label'"),
+    "infinite label": ([GOOD, {**PAIR, "label": float("inf")}], "finite"),
+    "mixed labels": ([GOOD, {**PAIR, "label": "no"}], "mixes strings and numbers"),
+    "single class": ([GOOD, {**PAIR, "label": 1}], "every label is 1.0"),
+    "one text": ([GOOD, PAIR, {**GOOD, "id": "b1", "scenario": "b"}], "scenario 'b'.*1 text"),
+    "id twice": ([GOOD, {**PAIR, "id": "a1"}], "line 2, field 'id'.*line 1"),
+    "span missing": ([{**GOOD, "read": {"span": "green"}}, PAIR], "occurs 0 times"),
+    "span twice": ([{**GOOD, "read": {"span": "r"}}, PAIR], "occurs 2 times"),
+    "two kinds of read": ([{**GOOD, "read": {"span": "red"}}, PAIR], "one kind per file"),
+    "bad read": ([{**GOOD, "read": "first"}, PAIR], "field 'read'"),
+    "message of a plain text": ([{**GOOD, "read": {"message": 0}}, PAIR], "field 'read'"),
+    "bad readout": ([{**GOOD, "readout": {"answers": [["a"]]}}, PAIR], "field 'readout'"),
+    "two clusters": ([{**GOOD, "cluster": "x"}, {**PAIR, "cluster": "y"}], "one cluster per scenario"),
+    "empty file": ([], "holds no stimuli"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_a_bad_file_is_one_sentence_that_names_place_and_remedy(tmp_path: Path, case: str) -> None:
+    lines, expected = BAD[case]
+    path = write(tmp_path / "bad.jsonl", lines)
+    with pytest.raises(InputError, match=expected) as caught:
+        load_stimuli(path)
+    message = str(caught.value)
+    assert "bad.jsonl" in message and "expected" in message and "\n" not in message
+
+
+def test_a_file_that_is_missing_or_not_utf8_or_of_no_known_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes('{"id": "é"}'.encode("latin-1"))
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_stimuli(tmp_path / "latin.jsonl")
+    with pytest.raises(InputError, match="no stimuli file"):
+        load_stimuli(tmp_path / "nothing.jsonl")
+    with pytest.raises(InputError, match=r"suffix '\.txt'"):
+        load_stimuli(write(tmp_path / "some.txt", []))
+
+
+def test_an_unknown_concept_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"unknown concept 'joy'.*valence"):
+        load_concept("joy")
+
+
+def test_a_file_of_ones_own_becomes_a_concept_of_the_role_asked_for(tmp_path: Path) -> None:
+    (concept,) = load_concept_file(write(tmp_path / "colour.jsonl", rows(5)), "control")
+    assert (concept.name, concept.role, concept.speaker) == ("colour", "control", "user")
+
+
+def test_a_toml_beside_the_file_describes_it(tmp_path: Path) -> None:
+    write(tmp_path / "colour.jsonl", rows(5))
+    body = 'name = "colour"\nrole = "target"\nmechanism = ""\ndimension = ""\nspeaker = "third_person"\n'
+    (tmp_path / "colour.toml").write_text(body + 'read = "last"\ndescription = "red or blue"\n')
+    (concept,) = load_concept_file(tmp_path / "colour.jsonl")
+    assert (concept.speaker, concept.description) == ("third_person", "red or blue")
+    (tmp_path / "colour.toml").write_text(body + 'read = "span"\ndescription = "red or blue"\n')
+    with pytest.raises(InputError, match="make them agree"):
+        load_concept_file(tmp_path / "colour.jsonl")
+    (tmp_path / "colour.toml").write_text(body + 'read = "last"\ncolour = 1\n')
+    with pytest.raises(InputError, match=r"missing keys \[description\], unknown keys \[colour\]"):
+        load_concept_file(tmp_path / "colour.jsonl")
+
+
+@pytest.mark.parametrize("name", list_concepts())
+def test_a_shipped_concept_is_sound(name: str) -> None:
+    concept = load_concept(name)
+    assert concept.stimuli.n_scenarios >= 60 and concept.labels and concept.description
+    texts = [item.text for item in concept.stimuli.items]
+    assert len(set(texts)) == len(texts)
+    if concept.role == "target":
+        assert concept.mechanism and concept.dimension
+    if name != "length":  # the one control that is about length
+        words = {1.0: 0, 0.0: 0}
+        for item in concept.stimuli.items:
+            words[float(item.label)] += len(item.text.split())
+        assert abs(words[1.0] - words[0.0]) / concept.stimuli.n_scenarios <= 0.3
+
+
+def test_no_text_recurs_in_another_concept_or_in_the_neutral_texts() -> None:
+    seen: dict[str, str] = {text: "neutral" for text in load_neutral()}
+    assert len(seen) >= 300
+    for name in list_concepts():
+        for item in load_concept(name).stimuli.items:
+            assert seen.setdefault(item.text, name) == name
+
+
+def test_there_are_enough_shipped_controls_for_a_decision() -> None:
+    assert len(load_controls()) >= 6

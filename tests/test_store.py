@@ -1,0 +1,104 @@
+"""The store: whole entries or none, records that come back as they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from empathy_probes.errors import InputError, StoreError
+from empathy_probes.store import SCHEMA_VERSION, Store, default_store_url, load_record, save_record
+
+
+@dataclass(frozen=True)
+class Inner:
+    key: str
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    parts: tuple[Inner, ...]
+    numbers: dict[str, Any] = field(default_factory=dict)
+    nothing: None = None
+
+
+TYPES = {"Inner": Inner, "Outer": Outer}
+RECORD = Outer("naïve", (Inner("one", np.arange(6.0).reshape(2, 3)), Inner("two", np.array([True]))), {"x": 1.5, "y": [1, 2]})
+
+
+@pytest.mark.parametrize("url", ["{tmp}/store", "memory://store-{name}"])
+def test_entries_come_back_and_clear_removes_only_them(tmp_path: Path, url: str) -> None:
+    store = Store(url.format(tmp=tmp_path, name=tmp_path.name))
+    assert store.read("k") is None and store.info().entries == 0
+    store.write_part("k", 0, {"a": np.zeros(2)})
+    assert store.info().parts == 1 and len(store.read_parts("k")) == 1
+    store.write("k", {"a": np.arange(3)})
+    found = store.read("k")
+    assert found is not None and np.array_equal(found["a"], np.arange(3)) and store.info().parts == 0
+    if url.startswith("{tmp}"):
+        (tmp_path / "store" / "README.md").write_text("keep")
+    store.write_part("other", 0, {"a": np.zeros(2)})
+    assert store.clear().entries == 1
+    assert store.info().size == 0 and store.read("k") is None
+    assert not url.startswith("{tmp}") or [p.name for p in (tmp_path / "store").iterdir()] == ["README.md"]
+
+
+def test_a_damaged_entry_counts_as_absent(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write("k", {"a": np.arange(300)})
+    path = tmp_path / "k.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    assert store.read("k") is None
+
+
+def test_a_store_that_cannot_be_opened_or_written_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be opened"):
+        Store("nosuchscheme://x").read("k")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        Store(str(tmp_path / "file")).write("k", {"a": np.zeros(1)})
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    save_record(RECORD, tmp_path / "r.safetensors")
+    found = load_record(tmp_path / "r.safetensors", TYPES)
+    assert found.name == RECORD.name and found.nothing is None and found.numbers == {"x": 1.5, "y": (1, 2)}
+    for ours, theirs in zip(RECORD.parts, found.parts, strict=True):
+        assert ours.key == theirs.key and ours.values.dtype == theirs.values.dtype
+        assert np.array_equal(ours.values, theirs.values)
+    save_record(found, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "r.safetensors").read_bytes()
+
+
+def test_records_that_are_none_or_newer_or_foreign_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no saved result at"):
+        load_record(tmp_path / "nothing", TYPES)
+    (tmp_path / "bad").write_bytes(b"not safetensors at all")
+    with pytest.raises(StoreError, match="is no saved result"):
+        load_record(tmp_path / "bad", TYPES)
+    save_record(RECORD, tmp_path / "r")
+    data = (tmp_path / "r").read_bytes()
+    old, new = f'schema_version\\": {SCHEMA_VERSION}'.encode(), f'schema_version\\": {SCHEMA_VERSION + 8}'.encode()
+    assert old in data
+    (tmp_path / "newer").write_bytes(data.replace(old, new))
+    with pytest.raises(StoreError, match=f"version {SCHEMA_VERSION + 8}, but this package knows versions up to {SCHEMA_VERSION}"):
+        load_record(tmp_path / "newer", TYPES)
+    with pytest.raises(StoreError, match="holds a 'Inner'"):
+        load_record(tmp_path / "r", {"Outer": Outer})
+
+
+def test_the_default_store_is_the_checkouts_then_the_environments_then_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMPATHY_PROBES_STORE", "memory://mine")
+    assert default_store_url() == "memory://mine"
+    monkeypatch.delenv("EMPATHY_PROBES_STORE")
+    assert default_store_url().endswith("empathy_probes")
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    assert default_store_url().endswith("activations")
