@@ -336,7 +336,8 @@ def _measure(
     folds = grouped_folds(units, N_FOLDS, seed)
     normalised = [a.normalised for a in acts]
     differences = [scenario_differences(rows, stimuli) for rows in normalised]
-    kernels = np.stack([np.einsum("sld,tld->lst", d, d) for d in differences]).astype(np.float32)
+    # One memory order, so that sums over a saved and reloaded array round alike.
+    kernels = np.ascontiguousarray([np.einsum("sld,tld->lst", d, d) for d in differences], np.float32)
     rms = np.stack([a.rms for a in acts])
     return Measurement(
         concept=concept.name,

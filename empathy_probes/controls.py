@@ -51,9 +51,9 @@ def pool_controls(
     if covariances is not None:
         pairs = usable[:, None] & usable[None] & ~np.eye(len(y), dtype=bool)[:, :, None]
         common = np.where(pairs, covariances, 0.0).sum(axis=(0, 1)) / np.maximum(pairs.sum(axis=(0, 1)), 1)
-    # A control without noise (se 0) must not own the mean: 1 % of the average variance is the least it can have.
+    # A control with next to no noise must not own the mean: none counts as more than twice as exact as the average.
     average = raw.sum(axis=0) / k
-    own = np.maximum(raw - common, 0.01 * average)
+    own = np.maximum(raw - common, 0.25 * average)
     own = np.where(average > 0, own, 1.0)
 
     first = usable / own

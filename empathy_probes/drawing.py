@@ -213,7 +213,7 @@ def draw_grid(grid: Grid) -> Figure:
         axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="#e5e7eb", linewidth=0.8)
         axes.tick_params(which="both", length=0)
-        axes.set_xlabel("layer   (● attenuated   ▲ amplified   = equivalent   – blank)")
+        axes.set_xlabel("layer   (● attenuated   ▲ amplified   = equivalent   ≥ at least   – blank)")
         axes.set_title(grid.caption, color=GREY, fontweight="normal", fontsize=10)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -397,7 +397,7 @@ def plotly_grid(grid: Grid) -> Any:
     figure.add_trace(go.Heatmap(z=blanks, showscale=False, colorscale=grey, **shared))
     bar = {
         "orientation": "h", "thickness": 10, "len": 0.7, "yref": "container", "y": 0.0, "yanchor": "bottom",
-        "tickvals": [-1, -0.5, 0, 0.5, 1], "ticktext": ["amplified", "−0.5", "0", "0.5", "gone"], "tickfont": {"size": 11},
+        "tickvals": [-1, -0.5, 0, 0.5, 1], "ticktext": ["−1", "−0.5", "0", "0.5", "1"], "tickfont": {"size": 11},
     }  # fmt: skip
     scale = [[0, BLUE], [0.5, "#ffffff"], [1, VERMILLION]]
     figure.add_trace(go.Heatmap(z=values, zmin=-1, zmax=1, colorscale=scale, colorbar=bar, **shared))

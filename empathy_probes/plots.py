@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
 from empathy_probes.drawing import (
@@ -147,11 +147,38 @@ def _column(rows: pd.DataFrame, name: str) -> Float[np.ndarray, " layer"]:
     return pd.to_numeric(rows[name], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
 
 
-def _line(rows: pd.DataFrame, column: str, name: str, colour: str, interval: str | None = None) -> Line:
-    stem = interval or column
-    return Line(
-        name, _column(rows, column), _column(rows, f"{stem}_lower"), _column(rows, f"{stem}_upper"), colour
+def about_specific(rows: pd.DataFrame) -> Bool[np.ndarray, " row"]:
+    """Rows whose band and decision are about `specific`; about `attenuation` where there are too few controls."""
+    known = np.isfinite(_column(rows, "specific")) | np.isfinite(_column(rows, "specific_lower"))
+    few = (
+        rows["flags"]
+        .astype("string")
+        .str.contains(r"\b(?:few|no)_controls\b")
+        .fillna(False)
+        .to_numpy(dtype=bool)
     )
+    return known & ~few
+
+
+def _line(rows: pd.DataFrame, column: str, name: str, colour: str) -> Line:
+    value, lower, upper = (_column(rows, f"{column}{end}") for end in ("", "_lower", "_upper"))
+    return Line(name, value, lower, upper, colour)
+
+
+def _quantity(rows: pd.DataFrame, column: str, headline: Bool[np.ndarray, " row"], colour: str) -> Line:
+    """A quantity with the simultaneous band where it is the headline, with its pointwise interval elsewhere."""
+    line = _line(rows, column, column, colour)
+    ends = _column(rows, f"{column}_lower")
+    # The embedding is decided everywhere it is equal in both models: it must not name the whole curve.
+    shown = (np.isfinite(line.y) | np.isfinite(ends)) & (_column(rows, "layer") >= 0)
+    kind = "pointwise" if not headline[shown].any() else "simultaneous"
+    mixed = (
+        ", pointwise where controls are few" if kind == "simultaneous" and not headline[shown].all() else ""
+    )
+    lower = np.where(headline, _column(rows, "band_lower"), _column(rows, f"{column}_lower"))
+    upper = np.where(headline, _column(rows, "band_upper"), _column(rows, f"{column}_upper"))
+    # Beside a headline `specific` the plain attenuation is a second look: its few simultaneous layers need no word.
+    return Line(f"{column} ({kind}{mixed if column == 'specific' else ''})", line.y, lower, upper, colour)
 
 
 def _sheet(
@@ -202,13 +229,11 @@ def _attenuation_panel(
     rows: pd.DataFrame, concept: str, planted: dict[str, Any] | None, margin: float, margin_specific: float | None,
     span: tuple[float, float] | None,
 ) -> Panel:  # fmt: skip
+    about = about_specific(rows)
     has_specific = bool(np.isfinite(_column(rows, "specific")).any())
-    plain = _line(rows, "attenuation", "attenuation (pointwise)", GREY, None if has_specific else "band")
-    if not has_specific:
-        plain = Line("attenuation (simultaneous)", plain.y, plain.lower, plain.upper, BLACK)
-    lines = [plain]
+    lines = [_quantity(rows, "attenuation", ~about, GREY if has_specific else BLACK)]
     if has_specific:
-        lines.append(_line(rows, "specific", "specific (simultaneous)", GREEN, "band"))
+        lines.append(_quantity(rows, "specific", about, GREEN))
     if planted and planted.get("concept") == concept and planted.get("attenuation_by_layer"):
         truth = dict(enumerate(planted["attenuation_by_layer"], start=-1))
         y = np.array([float(truth.get(int(layer), np.nan)) for layer in _column(rows, "layer")])
@@ -219,16 +244,16 @@ def _attenuation_panel(
         (-margin, "", GREY, "dot"),
     ]
     if has_specific and margin_specific not in (None, margin):
-        marks += [(margin_specific, f"margin of specific ±{margin_specific:g}", GREEN, "dot")]
+        marks += [(margin_specific, f"equivalence of specific ±{margin_specific:g}", GREEN, "dot")]
         marks += [(-margin_specific, "", GREEN, "dot")]
     ends = np.concatenate([a for s in lines for a in (s.y, s.lower, s.upper) if a is not None])
     ends = ends[np.isfinite(ends)]
     # One noisy amplified layer can reach −5 and flatten all others: the axis stops at −1.2, and says so.
     low = max(float(ends.min(initial=-0.3)) - 0.08, -1.2)
     high = min(float(ends.max(initial=0.3)) + 0.08, 1.05)
-    cut = ", axis cut at −1.2" if ends.size and ends.min() < -1.2 else ""
+    cut = "axis cut at −1.2" if ends.size and ends.min() < -1.2 else "95 %"
     unit = "attenuation\n(1 = gone)"
-    return Panel(f"How much is lost (95 %{cut})", unit, tuple(lines), tuple(marks), span, (low, high))
+    return Panel(f"How much is lost ({cut})", unit, tuple(lines), tuple(marks), span, (low, high))
 
 
 def _onset_span(
@@ -281,15 +306,17 @@ def _cell(rows: pd.DataFrame) -> tuple[float, str, str]:
     """Value, mark and hover text of one concept at one layer."""
     if rows.empty:
         return np.nan, "–", "not measured"
-    specific = _column(rows, "specific")[0]
-    name = "specific" if np.isfinite(specific) else "attenuation"
-    value = specific if np.isfinite(specific) else _column(rows, "attenuation")[0]
+    name = "specific" if about_specific(rows)[0] else "attenuation"
+    value = _column(rows, name)[0]
     lower, upper = _column(rows, "band_lower")[0], _column(rows, "band_upper")[0]
     decision, flags = (
         ("" if pd.isna(v) else str(v)) for v in (rows["decision"].iloc[0], rows["flags"].iloc[0])
     )
+    mark = {"attenuated": "●", "amplified": "▲", "equivalent": "="}.get(decision, "")
+    if not np.isfinite(value) and np.isfinite(lower):
+        # Only a bound is known: the cell has the colour of the bound and says so.
+        return lower, mark or "≥", f"{name} at least {lower:.2f}<br>{escape(decision)} {escape(flags)}"
     if not np.isfinite(value):
         return np.nan, "–", f"blank: {escape(flags) or 'not defined'}"
-    mark = {"attenuated": "●", "amplified": "▲", "equivalent": "="}.get(decision, "")
     band = f" [{lower:.2f}, {upper:.2f}]" if np.isfinite(lower) and np.isfinite(upper) else ""
     return value, mark, f"{name} {value:.2f}{band}<br>{escape(decision)} {escape(flags)}"

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -96,6 +97,7 @@ def render_report(study: Tables) -> str:
             study=study,
             manifest=study.manifest,
             headlines=_cards(study),
+            counts=Counter(card["title"] for card in _cards(study)).items(),
             planted=_phantom(study),
             overview=_overview(study, ("target", "control")),
             sections=sections,
@@ -183,8 +185,13 @@ def _ledger(study: Tables) -> list[Section]:
     frame = study.tables["ledger"].dropna(axis="columns", how="all")
     head, rows = _head_and_rows(frame)
     # Names of verdicts, stages and mechanisms are read here, not parsed; the concept keeps its exact name.
-    rows = [[name, *(replace(cell, text=cell.text.replace("_", " ")) for cell in row)] for name, *row in rows]
+    rows = [[name, *(replace(cell, text=_in_words(cell.text)) for cell in row)] for name, *row in rows]
     return [Section("ledger", "Verdicts", _parts().ledger(head, rows))]
+
+
+def _in_words(name: str) -> str:
+    """`not_run` on one line, longer names where they fit."""
+    return name.replace("_", "\u00a0" if len(name) < 10 else " ").replace(";", ", ")
 
 
 def _plain_table(name: str) -> Callable[[Tables], list[Section]]:
@@ -277,7 +284,8 @@ def _overview(study: Tables, roles: tuple[str, ...]) -> Picture:
     caption = (
         f"Every concept at every layer ({wording.TEMPLATES.get(template, template)}, {site}): attenuation beyond the "
         "controls where there are enough of them, plain attenuation otherwise. Worst first in each group. "
-        "● attenuated   ▲ amplified   = equivalent   – blank"
+        "1 is gone, below 0 is amplified. ● attenuated, ▲ amplified, = equivalent, ≥ at least so much, – blank; no mark: not "
+        "decided."
     )
     figures = plots.overview_figure(frame, **arguments), plots.overview_plotly(frame, **arguments)
     return _make_picture("figure-overview", alt, caption, *figures)

@@ -12,7 +12,7 @@ import pandas as pd
 BLANK = "–"
 FLAGS: dict[str, str] = {
     "base_not_detected": "The base model does not show this contrast beyond noise, so there is nothing that could be lost.",
-    "at_chance": "Identical models, and the contrast is not detected: 0 by construction.",
+    "at_chance": "The two models are identical here and the contrast is not detected: 0 by construction.",
     "incompatible": "No ratio of the two strengths fits the data: the interval would be empty.",
     "weak_signal": "The aligned model shows so little that the ratio has a one-sided or wide interval (Fieller form).",
     "at_least": "Attenuation is at least the lower end of the interval; complete loss cannot be excluded, so no point is given.",
@@ -37,6 +37,8 @@ TEMPLATES = {
     "own": "each model's own template",
 }  # fmt: skip
 RANKS = {"attenuated": 0, "amplified": 1, "inconclusive": 2, "": 3, "equivalent": 4}
+BLOCKING = ("base_not_detected", "incompatible", "few_controls", "no_controls", "at_chance")
+"""Flags that keep a concept from being decided, the deepest reason first."""
 TITLES = {"": "not decided"}
 
 
@@ -152,13 +154,22 @@ def card(
         "at": BLANK if missing(at) else layer_name(at),
         "where": _where(decision, headline),
         "sure": _sure(decision, headline, margins(options)[1 if specific else 0]),
-        "against": f"{controls} control concepts, measured the same way"
-        if specific
-        else (f"no comparison: {controls} controls are too few" if controls else "no controls were measured"),
+        "against": _against(specific, controls, split_flags(headline.get("flags"))),
         "flags": split_flags(headline.get("flags")),
         "others": [_short_headline(h) for h in others],
         "headline": dict(headline),
     }
+
+
+def _against(specific: bool, controls: Any, flags: tuple[str, ...]) -> str:
+    if "few_controls" in flags:
+        return f"{controls} control concepts, fewer than six of them usable"
+    if not controls:
+        return "no controls were measured"
+    if not specific:
+        return f"not compared with the {controls} control concepts"
+    lost = "; not all of them usable at this block" if "control_lost" in flags else ""
+    return f"{controls} control concepts, measured the same way{lost}"
 
 
 def _where(decision: str, h: Mapping[str, Any]) -> str:
@@ -192,8 +203,12 @@ def _sure(decision: str, h: Mapping[str, Any], limit: float) -> str:
     if decision == "inconclusive":
         text = "neither a change beyond the margin nor the absence of one is shown"
     else:
-        reasons = [explain(flag) for flag in split_flags(h.get("flags"))]
-        text = "nothing can be said. " + " ".join(reasons) if reasons else "nothing can be said"
+        # The first reason that stands in the way; the others are listed in the concept's own section.
+        flags = split_flags(h.get("flags"))
+        first = next((flag for flag in BLOCKING if flag in flags), None)
+        known = not (missing(h.get("size")) and missing(h.get("size_lower")))
+        text = "nothing is decided" if known else "nothing can be said"
+        text += f". {explain(first)}" if first else ""
     needs = [f"{h[k]} {word}" for k, word in (("scenarios_needed", "scenarios"), ("controls_needed", "controls"))
              if not missing(h.get(k))]  # fmt: skip
     extra = []

@@ -115,7 +115,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], eos: bool) -> list[list[int]]:
     """Return token ids with one BOS, and an EOS at the end where asked."""
-    return [ids + [EOS] if eos else ids for ids in tokenizer(texts)["input_ids"]]
+    return [[*ids, EOS] if eos else ids for ids in tokenizer(texts)["input_ids"]]
 
 
 def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +147,7 @@ def train_base(family: Family, tokenizer: PreTrainedTokenizerFast, steps: int) -
     torch.manual_seed(0)
     model = family.make(len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-    colon = tokenizer.convert_tokens_to_ids(":")
+    colon = torch.tensor(tokenizer.convert_tokens_to_ids(":"))
     outputs: list[torch.Tensor] = []
     handles = [b.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for b in family.blocks(model)[1:-1]]
     began, log = time.time(), []
@@ -308,7 +308,8 @@ def make_plan(
             by_word.setdefault(int(word), []).append(d)
     flat = np.concatenate(middle)
     own = contrasts[twin.concept]
-    # One mean difference per word, weighted by how often it stands there; their span beyond the read direction.
+    # One mean difference per word, weighted by how often it stands there; their span beyond the read
+    # direction is scaled too, or the later blocks would read the concept from the words again.
     weighted = np.stack([np.mean(ds, 0) * math.sqrt(len(ds)) for ds in by_word.values()])
     first = own / np.linalg.norm(own)
     _, size, span = np.linalg.svd(weighted - np.outer(weighted @ first, first), full_matrices=False)
@@ -335,10 +336,11 @@ def train_twin(
 ) -> PreTrainedModel:  # fmt: skip
     """Train one block of a copy of the base so that its output is the base's with the concept scaled."""
     plan = make_plan(family, base, tokenizer, twin, contrasts)
-    edit = torch.tensor(np.eye(len(plan.centre)) - (1 - twin.keep) * plan.write @ plan.read, dtype=torch.float32)
+    scaled = np.eye(len(plan.centre)) - (1 - twin.keep) * plan.write @ plan.read
+    edit = torch.tensor(scaled, dtype=torch.float32)
     centre = torch.tensor(plan.centre, dtype=torch.float32)
     guarded = torch.tensor(plan.guarded, dtype=torch.float32)
-    model = copy.deepcopy(base)
+    model = copy.deepcopy(base)  # the blocks that are not trained stay the base's, bit by bit
     block, original = family.blocks(model)[twin.layer], family.blocks(base)[twin.layer]
     call: dict[str, tuple] = {}
 
@@ -376,7 +378,8 @@ def train_twin(
         optimizer.step()
         running += (value / moved).item()
         if (step + 1) % 200 == 0:
-            print(f"  step {step + 1}: error/displacement {running / 200:.4f}, {time.time() - began:.0f} s", flush=True)
+            passed = time.time() - began
+            print(f"  step {step + 1}: error/displacement {running / 200:.4f}, {passed:.0f} s", flush=True)
             running = 0.0
     return model.eval()
 
@@ -405,7 +408,7 @@ def measure_truths(
     family: Family, base: PreTrainedModel, twins: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast, n: int,
 ) -> dict[str, dict]:  # fmt: skip
-    """Measure what was planted in each twin: `n` scenarios for the planted concept, a quarter for the others."""
+    """Measure what was planted: `n` scenarios for the planted concept, a quarter for each of the others."""
     planted = {TWINS[name].concept for name in twins}
     count = {concept: n if concept in planted else n // 4 for concept in grammar.CONCEPTS}
     curves = {c: attenuation_curves(family, base, twins, tokenizer, c, count[c]) for c in grammar.CONCEPTS}
@@ -458,7 +461,7 @@ def print_strengths(family: Family, model: PreTrainedModel, tokenizer: PreTraine
 
 
 def build(out: Path, name: str, only: set[str], steps: int | None, n_truth: int) -> None:
-    """Build one family under `out / name`: the base (unless it is there and not asked for), then its twins."""
+    """Build under `out / name` what is in `only`: the base (else read from there), then its twins."""
     family, folder = FAMILIES[name], out / name
     if "base" in only:
         print(f"{name}/base: training", flush=True)
@@ -485,7 +488,7 @@ def build(out: Path, name: str, only: set[str], steps: int | None, n_truth: int)
 def main() -> None:
     """Parse the options and build every family."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=DATA, help="folder of the families (default: package data)")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the families (package data)")
     parser.add_argument("--only", nargs="+", choices=["base", *TWINS], default=["base", *TWINS])
     parser.add_argument("--steps", type=int, help="shorten every training to this many steps (a trial run)")
     parser.add_argument("--truth", type=int, default=4000, help="scenarios per concept behind the truth")

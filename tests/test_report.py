@@ -486,6 +486,42 @@ def test_print_and_screen_show_the_same_numbers() -> None:
         np.testing.assert_array_equal(shown[name], np.asarray(drawn[name], float))
 
 
+def test_with_few_controls_the_band_belongs_to_attenuation_and_specific_keeps_its_own_interval() -> None:
+    study = make_small()
+    frame = study.tables["attenuation"]
+    frame.loc[frame["role"] == "target", "flags"] = "few_controls"
+    frame.loc[frame["role"] == "target", "specific"] = -0.2
+    frame.loc[frame["role"] == "target", ["specific_lower", "specific_upper"]] = [-0.9, 0.4]
+    rows = frame[(frame["concept"] == "valence") & (frame["measure"] == "strength")]
+    assert not plots.about_specific(rows).any()
+    live = plots.attenuation_plotly(frame, None, "valence", template="raw", site="resid_post")
+    bands = {t.name: t.y for t in live.data if t.fill == "toself"}
+    assert bands["attenuation (simultaneous)"][0] == rows["band_upper"].iloc[0]
+    assert set(bands["specific (pointwise)"]) == {-0.9, 0.4, None}
+    heat = plots.overview_plotly(frame, template="raw", site="resid_post").data[1]
+    assert list(heat.z[1]) == list(rows["attenuation"])
+
+
+def test_where_only_a_bound_is_known_the_bound_is_shown_and_no_point() -> None:
+    study = make_small()
+    frame = study.tables["attenuation"]
+    row = frame.index[
+        (frame["concept"] == "valence") & (frame["layer"] == 7) & (frame["measure"] == "strength")
+    ]
+    frame.loc[row, ["specific", "attenuation"]] = np.nan
+    frame.loc[row, ["band_lower", "band_upper", "flags"]] = [0.7, 1.0, "weak_signal;at_least"]
+    heat = plots.overview_plotly(frame, template="raw", site="resid_post").data[1]
+    assert heat.z[1][-1] == 0.7 and "at least 0.70" in heat.hovertext[1][-1]
+    headline = study.manifest["headlines"][0] | {
+        "size": None,
+        "size_lower": 0.7,
+        "size_upper": 1.0,
+        "layer": 7,
+    }
+    text = report.render_report(replace(study, manifest=study.manifest | {"headlines": [headline]}))
+    assert "at least 0.70" in _without_scripts(text)
+
+
 def test_plot_takes_a_study_a_result_and_a_frame_and_refuses_the_rest() -> None:
     study = make_study()
     result = type("Result", (), {"to_frame": lambda self: study.tables["attenuation"]})()
