@@ -155,7 +155,7 @@ def _headline(finding: Finding, m: Measurement, j: Judgement) -> Headline:
         peak_lower=j.peak.lower if decision == "attenuated" else None,
         peak_upper=j.peak.upper if decision == "attenuated" else None,
         n_scenarios=len(m.units),
-        n_controls=int(j.n_controls[index] if decision else max(j.n_controls)),
+        n_controls=int(j.n_controls[index] if decision else max(c for c, l in zip(j.n_controls, m.layers) if l >= 0)),
         minimum_detectable=None if blank else _number(j.minimum_detectable[index]),
         scenarios_needed=None if blank else _count(j.scenarios_needed[index]),
         controls_needed=None if blank else _count(j.controls_needed[index]),

@@ -235,7 +235,7 @@ def _attenuation_panel(
     if has_specific:
         lines.append(_quantity(rows, "specific", about, GREEN))
     if planted and planted.get("concept") == concept and planted.get("attenuation_by_layer"):
-        truth = dict(enumerate(planted["attenuation_by_layer"], start=-1))
+        truth = {int(layer): value for layer, value in planted["attenuation_by_layer"].items()}
         y = np.array([float(truth.get(int(layer), np.nan)) for layer in _column(rows, "layer")])
         lines.append(Line("planted truth", y, None, None, PURPLE, "dash"))
     marks = [

@@ -43,9 +43,7 @@ class Curve:
         return Estimate(float(self.value[index]), float(self.lower[index]), float(self.upper[index]), n)
 
 
-def critical_t(
-    degrees: Float[np.ndarray, "..."] | int, level: float = LEVEL
-) -> Float[np.ndarray, "..."]:
+def critical_t(degrees: Float[np.ndarray, "..."] | int, level: float = LEVEL) -> Float[np.ndarray, "..."]:
     """Two-sided critical value of Student's t."""
     return np.asarray(distributions.t.ppf(0.5 + level / 2, degrees), dtype=float)
 
@@ -118,9 +116,11 @@ def fieller_ratio(
 def unit_signs(keys: Sequence[str], draws: int, seed: int) -> Int8[np.ndarray, "draws n"]:
     """Random signs, one column per unit name: equal names get equal signs in every call with one seed."""
     # An extendable hash is a random stream keyed by the name, without a generator per scenario.
-    streams = [hashlib.shake_256(f"{seed}\x1fsign\x1f{key}".encode()).digest((draws + 7) // 8) for key in keys]
+    streams = [
+        hashlib.shake_256(f"{seed}\x1fsign\x1f{key}".encode()).digest((draws + 7) // 8) for key in keys
+    ]
     bits = np.unpackbits(np.stack([np.frombuffer(stream, np.uint8) for stream in streams]), axis=1)
-    return (bits[:, :draws].T.astype(np.int8) * 2 - 1)
+    return bits[:, :draws].T.astype(np.int8) * 2 - 1
 
 
 def unit_normals(keys: Sequence[str], draws: int, seed: int) -> Float[np.ndarray, "draws n"]:
@@ -255,17 +255,21 @@ def _covariance(first: _Jackknife, second: _Jackknife) -> Float[np.ndarray, "...
 
 
 def _area_curve(jackknife: _Jackknife) -> Curve:
-    n = jackknife.left_out.shape[-1]
-    shrunk = (n * jackknife.value + 0.5) / (n + 1)
-    half = critical_t(n - 1) * np.sqrt(_covariance(jackknife, jackknife)) / (shrunk * (1 - shrunk))
-    ends = (distributions.logistic.cdf(distributions.logistic.ppf(shrunk) + sign * half) for sign in (-1, 1))
-    lower, upper = ends
-    value = jackknife.value
-    return Curve(
-        value,
-        np.where(value == 0, 0.0, np.fmin(lower, value)),
-        np.where(value == 1, 1.0, np.fmax(upper, value)),
-    )
+    value, n = jackknife.value, jackknife.left_out.shape[-1]
+    reach = critical_t(n - 1) * np.sqrt(_covariance(jackknife, jackknife))
+    shrunk = (n * value + 0.5) / (n + 1)
+
+    def end(centre: np.ndarray, sign: int) -> np.ndarray:
+        inside = (centre > 0) & (centre < 1)
+        x = np.where(inside, centre, 0.5)
+        moved = distributions.logistic.cdf(distributions.logistic.ppf(x) + sign * reach / (x * (1 - x)))
+        return np.where(inside, moved, centre)
+
+    # Shrinking keeps the end towards chance honest at 0 and 1; at the other end it would cut off the truth.
+    high = value >= 0.5
+    lower = np.where(high, end(shrunk, -1), end(value, -1))
+    upper = np.where(high, end(value, 1), end(shrunk, 1))
+    return Curve(value, np.fmin(lower, value), np.fmax(upper, value))
 
 
 def auroc_interval(
@@ -273,8 +277,8 @@ def auroc_interval(
 ) -> Curve:
     """AUROC with a 95 % delete-one-scenario interval.
 
-    The interval is symmetric on the logit scale, where the error near the ceiling is closer to normal than on
-    the AUROC's own; the centre is shrunk by one imaginary scenario at chance, so that it is finite at 1.
+    The ends lie on the logit scale, where the error near the ceiling is closer to normal than on the AUROC's own.
+    The end towards chance starts from a value shrunk by one imaginary scenario at chance, so that it is finite at 1.
     """
     return _area_curve(_leave_one_out(scores, labels, groups))
 

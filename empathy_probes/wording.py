@@ -231,7 +231,7 @@ def _short_headline(h: Mapping[str, Any]) -> str:
 def planted_and_found(truth: Mapping[str, Any], cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What was planted in a phantom, beside what was found, one row per target."""
     concept = truth.get("concept")
-    by_layer = dict(enumerate(truth.get("attenuation_by_layer") or [], start=-1))
+    by_layer = {int(layer): value for layer, value in (truth.get("attenuation_by_layer") or {}).items()}
     planted = "no attenuation of any concept" if missing(concept) else f"attenuation of {concept}"
     if not missing(truth.get("layer")) and not missing(concept):
         planted += f" from {layer_name(truth['layer'])} on"

@@ -429,7 +429,7 @@ def test_the_ratio_interval_covers_the_truth_where_the_naive_gap_does_not(covera
 
 
 def test_the_band_covers_all_layers_at_once_and_the_onset_set_the_onset(coverage: ModuleType):
-    found = shares(coverage.band_cell(np.random.default_rng(0), 150, 60, 4.0, 0.6, 199))
+    found = shares(coverage.band_cell(np.random.default_rng(0), 150, 60, 4.0, "step", 199))
     assert found["band"].upper > 0.95 and found["onset_covers"].upper > 0.95
     assert found["pointwise"].upper < 0.90 and found["false_decision"].lower < 0.05
 

@@ -175,7 +175,7 @@ def make_phantom(study: Study | None = None) -> Study:
     study = study or make_study()
     truth = {
         "schema_version": 1, "family": "planted", "concept": "valence", "layer": 3, "keep_intended": 0.4,
-        "keep_achieved": 0.385, "attenuation_by_layer": [0.0] * 4 + [0.615] * 5, "n_scenarios": 2000, "seed": 0,
+        "keep_achieved": 0.385, "attenuation_by_layer": {str(l): 0.615 * (l > 2) for l in range(-1, 8)}, "n_scenarios": 2000, "seed": 0,
         "positions": "all", "verdict": "erased",
     }  # fmt: skip
     return replace(study, manifest=study.manifest | {"planted": truth})
@@ -359,7 +359,7 @@ def test_a_blank_cell_says_why(rendered: str) -> None:
 
 
 def test_a_hostile_name_is_harmless_everywhere() -> None:
-    name = "<script>alert(1)</script><!--$x$&"
+    name = "<script>alert(1)</script><!--$\\frac{$&"  # also no valid formula
     text = report.render_report(make_study({name: ("<b>", "attenuated")}, templates=("raw",)))
     assert "<script>alert" not in text and "<!--$" not in text and "<b>" not in _strip_script(text)
     assert text.count("<script") == 2 + text.count('<script type="application/json"')
@@ -370,6 +370,16 @@ def test_a_hostile_name_is_harmless_everywhere() -> None:
 
 def _strip_script(text: str) -> str:
     return re.sub(r"<script\b.*?</script>", "", text, flags=re.S)
+
+
+def test_no_json_can_end_its_script_element() -> None:
+    text = json.dumps({"name": "</script><!--&"})
+    assert not set("<>&") & set(report._json(text)) and json.loads(report._json(text)) == json.loads(text)
+
+
+def test_one_known_end_of_an_interval_is_shown_without_the_other() -> None:
+    frame = pd.DataFrame({"x": [np.nan], "x_lower": [0.4], "x_upper": [np.nan], "flags": ["at_least"]})
+    assert report.tables.table_rows(frame)[0][0].text == "– [0.400, –]"
 
 
 def test_the_page_asks_for_nothing_outside_itself(rendered: str) -> None:
@@ -412,7 +422,7 @@ def test_a_pair_that_is_no_phantom_has_no_such_box(small: str) -> None:
 
 def test_a_missed_phantom_is_called_missed() -> None:
     study = make_phantom(make_small())
-    truth = study.manifest["planted"] | {"layer": 6, "attenuation_by_layer": [0.0] * 7 + [0.2] * 2}
+    truth = study.manifest["planted"] | {"layer": 6, "attenuation_by_layer": {str(l): 0.2 * (l > 5) for l in range(-1, 8)}}
     box = report.render_report(replace(study, manifest=study.manifest | {"planted": truth}))
     assert "✗ onset set misses the planted layer" in box and "✗ band misses the truth 0.00 at block 4" in box
 

@@ -295,12 +295,10 @@ def test_auroc_interval_rests_on_leaving_whole_scenarios_out():
     left = np.array([roc_auc_score(labels[names != s], scores[0][names != s]) for s in dict.fromkeys(groups)])
     n, value = len(left), roc_auc_score(labels, scores[0])
     variance = (n - 1) / n * ((left - left.mean()) ** 2).sum() + (value - 0.5) ** 2 / n**2
-    centre = (n * value + 0.5) / (n + 1)
-    reach = distributions.t.ppf(0.975, n - 1) * np.sqrt(variance) / (centre * (1 - centre))
     curve = auroc_interval(scores, labels, groups)
-    logit = np.log(centre / (1 - centre))
-    np.testing.assert_allclose(curve.lower[0], 1 / (1 + np.exp(reach - logit)), rtol=1e-10)
-    np.testing.assert_allclose(curve.upper[0], 1 / (1 + np.exp(-reach - logit)), rtol=1e-10)
+    for centre, sign, end in (((n * value + 0.5) / (n + 1), -1, curve.lower[0]), (value, 1, curve.upper[0])):
+        reach = distributions.t.ppf(0.975, n - 1) * np.sqrt(variance) / (centre * (1 - centre))
+        np.testing.assert_allclose(np.log(end / (1 - end)), np.log(centre / (1 - centre)) + sign * reach)
 
 
 def test_auroc_of_one_has_an_interval_that_admits_a_few_errors():

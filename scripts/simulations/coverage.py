@@ -12,12 +12,14 @@ trace of the noise given as a multiple of the squared signal. Every table row is
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import norm
 
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.controls import build_reference, gap_to
@@ -266,27 +268,40 @@ def covers(contrast_low: np.ndarray, contrast_high: np.ndarray, truth: np.ndarra
     return not out.any()
 
 
+def layer_pattern(shape: str) -> np.ndarray:
+    """Log keep per layer: unchanged, a step at layer 5 (with a slightly deeper last layer), gone, ramp, or edge."""
+    step = np.arange(LAYERS) >= 5
+    patterns = {
+        "unchanged": np.zeros(LAYERS),
+        "step": np.where(step, np.log(0.6), 0.0)
+        + np.where(np.arange(LAYERS) == LAYERS - 1, np.log(0.8), 0.0),
+        "gone": np.where(step, -np.inf, 0.0),
+        # The hard case for an onset: the layers next to it lie close to the margin.
+        "ramp": np.linspace(0, np.log(0.6), LAYERS),
+        # Every layer exactly at the margin: nothing is beyond it, but only just.
+        "edge": np.full(LAYERS, np.log(0.9)),
+    }
+    return patterns[shape]
+
+
 def band_cell(
-    rng: np.random.Generator, replicates: int, n: int, trace: float, keep: float, draws: int
+    rng: np.random.Generator, replicates: int, n: int, trace: float, shape: str, draws: int
 ) -> Iterator[Cell]:
     """Family coverage of the simultaneous band of attenuation, its decisions, onset and peak sets."""
-    onset_layer = 5
-    theta = np.zeros(LAYERS)
-    theta[onset_layer:] = np.log(keep) if keep > 0 else -np.inf
-    if 0 < keep < 1:
-        # One layer more attenuated than the others, for the peak.
-        theta[-1] += np.log(0.8)
+    theta = layer_pattern(shape)
     attenuation = -np.expm1(theta)
+    beyond = np.flatnonzero(attenuation > 0.10 + 1e-9)
+    onset_layer = int(beyond[0]) if beyond.size else None
     rows: dict[str, list[float]] = {}
     for i in range(replicates):
         contrast = simulate_concept(rng, f"t{i}", n, trace, theta)
         judged = judge([contrast], [], draws=draws, seed=i)[0]
         wrong = [
-            (d == "attenuated" and a < 0.10) or d == "amplified" or (d == "equivalent" and a > 0.10)
+            (d == "attenuated" and a < 0.10 + 1e-9) or d == "amplified" or (d == "equivalent" and a > 0.10)
             for d, a in zip(judged.decision, attenuation, strict=True)
         ]
         members = judged.onset.members
-        hit = judged.onset.includes_none if keep == 1 else onset_layer in members
+        hit = judged.onset.includes_none if onset_layer is None else onset_layer in members
         values = {
             "band": covers(judged.band.lower, judged.band.upper, attenuation),
             "pointwise": covers(contrast.attenuation.lower, contrast.attenuation.upper, attenuation),
@@ -294,16 +309,15 @@ def band_cell(
             "onset_covers": hit,
             "onset_size": len(members),
             "onset_none": judged.onset.includes_none,
-            "power_all_layers": all(d == "attenuated" for d in judged.decision[onset_layer:]),
         }
-        if keep not in (0, 1):
+        if shape in ("step", "ramp"):
             values |= {
                 "peak_covers": LAYERS - 1 in judged.peak.members,
                 "peak_size": len(judged.peak.members),
             }
         for name, value in values.items():
             rows.setdefault(name, []).append(value)
-    cell = f"n={n},trace={trace},keep={keep}"
+    cell = f"n={n},trace={trace},shape={shape}"
     for name, values in rows.items():
         if name.endswith("_size"):
             yield Cell("band", cell, name, 0, replicates, float(np.mean(values)))
@@ -415,8 +429,6 @@ def any_decided(target: Contrast, controls: list[Contrast], draws: int, seed: in
 
 def auroc_cell(rng: np.random.Generator, replicates: int, n: int, area: float) -> Iterator[Cell]:
     """Coverage of the AUROC interval and of the paired difference; two texts of each label per scenario."""
-    from scipy.stats import norm
-
     shift = np.sqrt(2) * norm.ppf(area)
     labels = np.tile([0, 0, 1, 1], n)
     groups = [str(i) for i in range(n) for _ in range(4)]
@@ -436,34 +448,32 @@ def auroc_cell(rng: np.random.Generator, replicates: int, n: int, area: float) -
 # ---------------------------------------------------------------- command line
 
 
-def run(replicates: int, seed: int, quick: bool) -> Iterator[Cell]:
-    """All cells, each with a generator of its own, so that one cell can be rerun alone."""
+def tables(replicates: int, quick: bool) -> dict[str, list[Callable[[np.random.Generator], Iterator[Cell]]]]:
+    """The cells of each table, waiting for their random numbers."""
     draws = 499
-    children = iter(np.random.SeedSequence(seed).spawn(1000))
-
-    def rng() -> np.random.Generator:
-        return np.random.default_rng(next(children))
-
-    for setting in QUICK_RATIO if quick else RATIO_GRID:
-        yield from ratio_cell(rng(), replicates, setting)
-    for n, area in product(
-        (60,) if quick else (30, 60, 200), (0.5, 0.9) if quick else (0.5, 0.7, 0.9, 0.98, 0.995)
-    ):
-        yield from auroc_cell(rng(), replicates, n, area)
-    bands = [(60, 4.0, 0.6)]
-    if not quick:
-        bands = list(product((30, 60, 120), (4.0,), (1.0, 0.6, 0.0))) + [
-            (60, 8.0, k) for k in (1.0, 0.6, 0.0)
-        ]
-    for n, trace, keep in bands:
-        yield from band_cell(rng(), replicates, n, trace, keep, draws)
+    areas = product((60,) if quick else (30, 60, 200), (0.5, 0.9) if quick else (0.5, 0.7, 0.9, 0.98, 0.995))
+    bands = [(60, 4.0, "step")]
     settings = [Specific(8, 0.1)]
     if not quick:
+        bands = [
+            (n, 4.0, shape) for n in (30, 60, 120) for shape in ("unchanged", "step", "gone", "ramp", "edge")
+        ]
+        bands += [(60, 8.0, shape) for shape in ("unchanged", "step", "gone")]
         settings = [Specific(k, tau) for k in (6, 8) for tau in (0.0, 0.05, 0.15)] + [Specific(12, 0.05)]
         settings += [Specific(8, 0.05, keep=0.5), Specific(8, 0.05, keep=0.0)]
         settings += [Specific(8, 0.05, together=True), Specific(8, 0.05, keep=0.0, together=True)]
-    for setting in settings:
-        yield from specific_cell(rng(), replicates, setting, draws)
+    return {
+        "ratio": [
+            partial(ratio_cell, replicates=replicates, setting=s)
+            for s in (QUICK_RATIO if quick else RATIO_GRID)
+        ],
+        "auroc": [partial(auroc_cell, replicates=replicates, n=n, area=a) for n, a in areas],
+        "band": [
+            partial(band_cell, replicates=replicates, n=n, trace=trace, shape=shape, draws=draws)
+            for n, trace, shape in bands
+        ],
+        "specific": [partial(specific_cell, replicates=replicates, setting=s, draws=draws) for s in settings],
+    }
 
 
 def main() -> int:
@@ -475,14 +485,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few cells only")
     parser.add_argument("--out", type=Path, help="also write the table to this CSV file")
+    parser.add_argument(
+        "--tables", nargs="+", choices=["ratio", "auroc", "band", "specific"], help="only these"
+    )
     options = parser.parse_args()
     rows = []
-    for cell in run(options.replicates, options.seed, options.quick):
-        rows.append(cell.row())
-        print(
-            "  ".join(f"{v:>6}" if k in ("value", "lower", "upper") else v for k, v in rows[-1].items()),
-            flush=True,
-        )
+    for i, (name, cells) in enumerate(tables(options.replicates, options.quick).items()):
+        if options.tables and name not in options.tables:
+            continue
+        # A generator for every cell, so that one table can be rerun alone.
+        for cell, child in zip(
+            cells, np.random.SeedSequence([options.seed, i]).spawn(len(cells)), strict=True
+        ):
+            for row in (found.row() for found in cell(np.random.default_rng(child))):
+                rows.append(row)
+                print("  ".join(row.values()), flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("w", newline="") as file:
