@@ -215,6 +215,7 @@ def _size(n: int | float) -> str:
 
 
 def _finish(study: Study, args: argparse.Namespace) -> int:
+    from empathy_probes.ledger import percent
     from empathy_probes.report import write_report
 
     path = write_report(study, Path(args.out) / "report.html")
@@ -230,7 +231,7 @@ def _finish(study: Study, args: argparse.Namespace) -> int:
     if study.manifest["planted"]:
         truth = study.manifest["planted"]
         print(
-            f"Planted: {truth['concept']} from block {truth['layer']} on, attenuated by {1 - truth['keep_achieved']:.0%} there."
+            f"Planted: {truth['concept']} from block {truth['layer']} on, attenuated by {percent(1 - truth['keep_achieved'])} there."
         )
     several = len({(h["template"], h["site"]) for h in found}) > 1
     for h in found:

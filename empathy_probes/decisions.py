@@ -246,7 +246,13 @@ def _attenuation_headline(view: _View, family: _Family) -> _Headline:
 
 
 def _tail(draws: np.ndarray) -> float:
-    """Local two-sided error at each cell that the largest of the studentised draws exceeds with 5 %."""
+    """Local two-sided error at each cell that the largest of the studentised draws exceeds with 5 %.
+
+    The draws, scaled to standard deviation 1, say only how dependent the cells are; the tail of each cell stays
+    Student's with its own degrees of freedom. Simulated with 6 and 8 controls over 12 layers: the band covers
+    .942-.954. Two other recipes were worse: comparing |t| with the draws over the fixed standard error covers
+    .868-.944, recomputing mean and Hartung-Knapp variance in every draw .910-.945 (docs/simulations).
+    """
     return min(1 - LEVEL, 2 * float(distributions.norm.sf(largest_quantile(draws))))
 
 

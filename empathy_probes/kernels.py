@@ -19,9 +19,9 @@ from empathy_probes.stats import LEVEL, Curve, critical_t, invert_quadratics
 # A U-statistic below this many standard errors is too skewed for a normal interval of its logarithm.
 STRONG = 4.0
 # Weight of Hoeffding's second-order term where two models are compared. 1 is unbiased, but the estimate falls
-# together with the signal: where much was lost the lower tail of theta was .05 and at 2.9 standard errors, where
-# simultaneous bands live, .009 for a nominal .0026. 1.5 gave .02-.033 and .002 (docs/simulations); the price is an
-# interval 2-8 % wider where nothing was lost.
+# together with the signal: where much was lost, intervals with it cover as little as .909, and at 2.9 standard
+# errors, where simultaneous bands live, .975 for a nominal .995. With 1.5 these are .936 and .986
+# (docs/simulations); the price is an interval 2-8 % wider where nothing was lost.
 SECOND_ORDER = 1.5
 
 

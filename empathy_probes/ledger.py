@@ -186,7 +186,7 @@ def percent(value: float | None) -> str:
 
 
 def _sentence(h: Headline, settings: Settings) -> str:
-    against = f"beyond {h.n_controls} controls" if h.quantity == "specific" else "without regard to controls"
+    against = f"relative to {h.n_controls} controls" if h.quantity == "specific" else "without regard to controls"
     band = f"simultaneous 95 % band {percent(h.size_lower)} to {percent(h.size_upper)}, n = {h.n_scenarios} scenarios"
     size = percent(h.size) if h.size is not None else f"at least {percent(h.size_lower)}"
     if h.layer is None:
@@ -197,7 +197,8 @@ def _sentence(h: Headline, settings: Settings) -> str:
         where = f"Attenuated by block {h.onset_upper}" if h.onset_upper is not None else "Attenuated"
         if h.onset_lower is not None and h.onset_lower != h.onset_upper:
             where += f"; could begin as early as block {h.onset_lower}"
-        return f"{where}. Largest at block {h.layer}: {size} {against} ({band})."
+        peak = f" (it may be any from {h.peak_lower} to {h.peak_upper})" if h.peak_lower != h.peak_upper else ""
+        return f"{where}. Largest at block {h.layer}{peak}: {size} {against} ({band})."
     if h.decision == "amplified":
         return f"Amplified at block {h.layer}: attenuation {size} {against} ({band})."
     if h.decision == "equivalent":

@@ -1,0 +1,106 @@
+"""The instrument on pairs of known truth: three planted blocks, five draws of scenarios each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from empathy_probes.attenuation import Finding, measure_attenuation
+from empathy_probes.concepts import Concept
+from empathy_probes.errors import InputError
+from empathy_probes.phantoms import list_phantoms, load_phantom, load_phantom_concepts, phantom_truth, write_phantom
+
+TWINS = list_phantoms()
+SEEDS = range(5)
+OTHERS = ("intensity", "distance")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("phantom-store"))
+
+
+def some_concepts(seed: int) -> tuple[list[Concept], list[Concept]]:
+    """Valence and two targets that nothing was done to, against six controls."""
+    targets, controls = load_phantom_concepts(100, seed)
+    return [t for t in targets if t.name in ("valence", *OTHERS)], list(controls[:6])
+
+
+@pytest.fixture(scope="session")
+def findings(store: str) -> dict[tuple[str, int], Finding]:
+    """One study per twin and draw; the base's activations are computed once per draw."""
+    found = {}
+    for twin in TWINS:
+        pair = load_phantom(twin)
+        for seed in SEEDS:
+            targets, controls = some_concepts(seed)
+            found[twin, seed] = measure_attenuation(pair, targets, controls, template="raw", store=store)
+    return found
+
+
+def test_three_blocks_are_planted() -> None:
+    assert len({phantom_truth(twin)["layer"] for twin in TWINS}) >= 3
+    assert all(phantom_truth(twin)["concept"] == "valence" for twin in TWINS)
+
+
+def test_nothing_is_found_before_the_planted_block(findings: dict[tuple[str, int], Finding]) -> None:
+    for (twin, _), finding in findings.items():
+        frame = finding.to_frame()
+        before = frame[(frame.measure == "strength") & (frame.layer < phantom_truth(twin)["layer"])]
+        assert len(before)
+        for column in ("difference", "attenuation", "attenuation_lower", "attenuation_upper", "band_lower", "band_upper"):
+            assert (before[column] == 0).all(), (twin, column)
+
+
+def test_the_planted_size_is_covered_and_decided(findings: dict[tuple[str, int], Finding]) -> None:
+    covered, decided, widths = [], [], []
+    for (twin, _), finding in findings.items():
+        truth = phantom_truth(twin)
+        frame = finding.to_frame()
+        row = frame[
+            (frame.measure == "strength") & (frame.concept == "valence") & (frame.layer == truth["layer"])
+        ].iloc[0]
+        planted = truth["attenuation_by_layer"][str(truth["layer"])]
+        covered.append(row.attenuation_lower <= planted <= row.attenuation_upper)
+        widths.append((row.attenuation_upper - row.attenuation_lower) / 2)
+        decided.append(row.decision == "attenuated")
+    assert len(covered) == 5 * len(TWINS) >= 15
+    # 13 of 15: a 95 % interval misses more than two of fifteen in 3.6 % of such tests.
+    assert sum(covered) >= 13 and sum(decided) >= 14 and max(widths) <= 0.15
+
+
+def test_concepts_that_nothing_was_done_to_are_left_alone(findings: dict[tuple[str, int], Finding]) -> None:
+    claims = []
+    for finding in findings.values():
+        frame = finding.to_frame()
+        others = frame[(frame.measure == "strength") & frame.concept.isin(OTHERS)]
+        claims += [
+            bool(set(rows.decision) & {"attenuated", "amplified"}) for _, rows in others.groupby("concept", sort=False)
+        ]
+    assert np.mean(claims) <= 0.05
+
+
+def test_the_onset_set_holds_the_planted_block(findings: dict[tuple[str, int], Finding]) -> None:
+    for (twin, _), finding in findings.items():
+        onset = finding.onset_frame().set_index("concept").loc["valence"]
+        assert onset.onset_lower <= phantom_truth(twin)["layer"] <= onset.onset_upper
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_written_phantom_is_two_checkpoints_any_loader_opens(twin: str, tmp_path: Path) -> None:
+    out = write_phantom(twin, tmp_path)
+    truth = json.loads((out / "truth.json").read_text())
+    states = [AutoModelForCausalLM.from_pretrained(out / side).state_dict() for side in ("base", "aligned")]
+    changed = {name for name, tensor in states[0].items() if not tensor.equal(states[1][name])}
+    assert changed and all(f".layers.{truth['layer']}." in name for name in changed)
+    tokenizer = AutoTokenizer.from_pretrained(out / "aligned")
+    assert tokenizer("My friend .")["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_an_unknown_phantom_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"unknown phantom 'x'.*planted-valence"):
+        load_phantom("x")
