@@ -173,7 +173,9 @@ class Finding:
             for site in self.sites:
                 targets = [m.contrast for m in self.select(template, site, "target")]
                 controls = [m.contrast for m in self.select(template, site, "control")]
-                of_targets = judge(targets, controls, specific_margin=s.specific_margin, **draw) if targets else ()
+                of_targets = (
+                    judge(targets, controls, specific_margin=s.specific_margin, **draw) if targets else ()
+                )
                 of_controls = judge_controls(controls, **draw) if controls else ()
                 judged[template, site] = {j.name: j for j in (*of_targets, *of_controls)}
         return judged
@@ -463,5 +465,7 @@ def _did_rows(m: Measurement, shift: TemplateShift, n_layers: int) -> list[dict[
         row = _place(m, layer, n_layers, "strength") | {"template": "did"}
         row |= _cells("difference", shift.theta, i) | _cells("attenuation", shift.attenuation, i)
         row |= {"band_lower": shift.band.lower[i], "band_upper": shift.band.upper[i]}
-        rows.append(row | {"p_adjusted": shift.p_adjusted[i], "decision": "", "flags": ";".join(shift.flags[i])})
+        rows.append(
+            row | {"p_adjusted": shift.p_adjusted[i], "decision": "", "flags": ";".join(shift.flags[i])}
+        )
     return rows

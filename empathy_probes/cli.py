@@ -252,7 +252,7 @@ def _report(args: argparse.Namespace) -> int:
 def _concepts(args: argparse.Namespace) -> int:
     from empathy_probes.concepts import list_concepts, load_concept
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": concept.name, "role": concept.role, "mechanism": concept.mechanism, "dimension": concept.dimension,
             "speaker": concept.speaker, "n_scenarios": concept.stimuli.n_scenarios, "digest": concept.digest,

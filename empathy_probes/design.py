@@ -16,7 +16,7 @@ from empathy_probes.errors import InputError
 from empathy_probes.extraction import check_prompts
 from empathy_probes.models import Model
 from empathy_probes.pairs import ModelPair
-from empathy_probes.prompts import RenderedPrompt, has_chat_template, render
+from empathy_probes.prompts import RenderedPrompt, Style, has_chat_template, render
 from empathy_probes.sites import COMPONENTS
 
 TEMPLATES = ("raw", "shared", "own", "both")
@@ -116,7 +116,7 @@ def _templates(pair: ModelPair, template: str) -> tuple[tuple[str, ...], tuple[s
 def _render_pair(
     pair: ModelPair, concept: Concept, template: str
 ) -> tuple[tuple[RenderedPrompt, ...], tuple[RenderedPrompt, ...]]:
-    style = "raw" if template == "raw" else "chat"
+    style: Style = "raw" if template == "raw" else "chat"
     aligned = render(pair.aligned.tokenizer, concept.stimuli, style, concept.speaker)
     base = (
         aligned

@@ -169,7 +169,7 @@ def _compute(
     pending: list[int] = []
     saved_at, n_parts = time.monotonic(), len(parts)
     with tqdm(total=plan.n_tokens, unit="tok", desc=label, leave=False, disable=None) as bar:
-        bar.update(sum(len(prompts[i].ids) for i in np.flatnonzero(done)))
+        bar.update(sum(len(prompt.ids) for prompt, ready in zip(prompts, done, strict=True) if ready))
         for batch in plan.batches:
             if done[list(batch)].all():
                 continue

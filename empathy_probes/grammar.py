@@ -249,7 +249,9 @@ def _variants(scene: Scene, concept: str) -> list[tuple[int | str, Scene]]:
     if concept == "emotion":
         return [(name, scene.with_value("valence", v).with_value("emotion", e))
                 for v, names in enumerate(EMOTIONS) for e, name in enumerate(names)]  # fmt: skip
-    return [(label, scene.with_value(concept, 3 * label if concept == "intensity" else label)) for label in (1, 0)]
+    return [
+        (label, scene.with_value(concept, 3 * label if concept == "intensity" else label)) for label in (1, 0)
+    ]
 
 
 def _pick(scene: Scene, slot: str, row: tuple[str, ...]) -> str:

@@ -16,7 +16,23 @@ import pandas as pd
 from empathy_probes.attenuation import Finding, Measurement, Settings
 from empathy_probes.decisions import FEWEST_CONTROLS, Judgement
 
-LEDGER_COLUMNS = ["concept", "role", "mechanism", "dimension", "encode", "use", "express", "verdict", "onset_lower", "onset_upper", "size", "size_lower", "size_upper", "missing", "scenarios_needed"]
+LEDGER_COLUMNS = [
+    "concept",
+    "role",
+    "mechanism",
+    "dimension",
+    "encode",
+    "use",
+    "express",
+    "verdict",
+    "onset_lower",
+    "onset_upper",
+    "size",
+    "size_lower",
+    "size_upper",
+    "missing",
+    "scenarios_needed",
+]
 NOT_RUN = "not_run"
 
 
@@ -155,7 +171,7 @@ def _headline(finding: Finding, m: Measurement, j: Judgement) -> Headline:
         peak_lower=j.peak.lower if decision == "attenuated" else None,
         peak_upper=j.peak.upper if decision == "attenuated" else None,
         n_scenarios=len(m.units),
-        n_controls=int(j.n_controls[index] if decision else max(c for c, l in zip(j.n_controls, m.layers) if l >= 0)),
+        n_controls=int(j.n_controls[index] if decision else j.n_controls[np.array(m.layers) >= 0].max()),
         minimum_detectable=None if blank else _number(j.minimum_detectable[index]),
         scenarios_needed=None if blank else _count(j.scenarios_needed[index]),
         controls_needed=None if blank else _count(j.controls_needed[index]),
@@ -186,7 +202,9 @@ def percent(value: float | None) -> str:
 
 
 def _sentence(h: Headline, settings: Settings) -> str:
-    against = f"relative to {h.n_controls} controls" if h.quantity == "specific" else "without regard to controls"
+    against = (
+        f"relative to {h.n_controls} controls" if h.quantity == "specific" else "without regard to controls"
+    )
     band = f"simultaneous 95 % band {percent(h.size_lower)} to {percent(h.size_upper)}, n = {h.n_scenarios} scenarios"
     size = percent(h.size) if h.size is not None else f"at least {percent(h.size_lower)}"
     if h.layer is None:
@@ -197,7 +215,9 @@ def _sentence(h: Headline, settings: Settings) -> str:
         where = f"Attenuated by block {h.onset_upper}" if h.onset_upper is not None else "Attenuated"
         if h.onset_lower is not None and h.onset_lower != h.onset_upper:
             where += f"; could begin as early as block {h.onset_lower}"
-        peak = f" (it may be any from {h.peak_lower} to {h.peak_upper})" if h.peak_lower != h.peak_upper else ""
+        peak = (
+            f" (it may be any from {h.peak_lower} to {h.peak_upper})" if h.peak_lower != h.peak_upper else ""
+        )
         return f"{where}. Largest at block {h.layer}{peak}: {size} {against} ({band})."
     if h.decision == "amplified":
         return f"Amplified at block {h.layer}: attenuation {size} {against} ({band})."
@@ -209,12 +229,12 @@ def _sentence(h: Headline, settings: Settings) -> str:
             f"Not decided: at most {h.n_controls} usable controls at any block, at least {FEWEST_CONTROLS} are needed. "
             f"Largest at block {h.layer}: attenuation {size} ({band})."
         )
-    settle = []
-    if h.scenarios_needed is not None:
-        settle.append(f"about {h.scenarios_needed} scenarios would settle it")
-    if h.controls_needed is not None:
-        settle.append(f"about {h.controls_needed} controls would settle it")
+    found = []
     if h.minimum_detectable is not None:
-        settle.insert(0, f"an attenuation of {percent(h.minimum_detectable)} would have been found")
-    tail = f"; {', and '.join(settle)}" if settle else ""
+        found.append(f"an attenuation of {percent(h.minimum_detectable)} would have been found")
+    needs = [f"{h.scenarios_needed} scenarios"] if h.scenarios_needed is not None else []
+    needs += [f"{h.controls_needed} controls"] if h.controls_needed is not None else []
+    if needs:
+        found.append(f"about {' and '.join(needs)} would settle it")
+    tail = f"; {'; '.join(found)}" if found else ""
     return f"Inconclusive: {size} at block {h.layer} {against} ({band}){tail}."

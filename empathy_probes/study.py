@@ -134,9 +134,15 @@ def _typed(path: Path, key: str, value: Any, annotation: str) -> Any:
         and all(isinstance(entry, str) for entry in value)
     ):
         return tuple(value)
-    plain = {"str": str, "int": int, "float": (int, float), "bool": bool}.get(kind)
-    if plain is not None and isinstance(value, plain) and (kind == "bool" or not isinstance(value, bool)):
-        return value
+    plain: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+    }
+    # Numbers come back as floats where floats are meant, and true is not a number.
+    if type(value) in plain.get(kind, ()):
+        return float(value) if kind == "float" else value
     expected = {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false"}
     raise InputError(
         f"{path}, key '{key}': got {value!r}, expected {expected.get(kind, 'a list of strings')}; correct the value"

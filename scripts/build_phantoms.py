@@ -86,7 +86,9 @@ def _llama(vocab_size: int) -> PreTrainedModel:
     return LlamaForCausalLM(config)
 
 
-FAMILIES = {"llama": Family(_llama, lambda m: m.model.layers, lambda m: m.model.norm, "model.layers.{k}.", 700)}
+FAMILIES = {
+    "llama": Family(_llama, lambda m: m.model.layers, lambda m: m.model.norm, "model.layers.{k}.", 700)
+}
 TWINS = {
     "planted-valence": Twin("valence", 3, 0.25, 13),
     "planted-valence-k1": Twin("valence", 1, 0.25, 11),
@@ -149,7 +151,9 @@ def train_base(family: Family, tokenizer: PreTrainedTokenizerFast, steps: int) -
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     colon = torch.tensor(tokenizer.convert_tokens_to_ids(":"))
     outputs: list[torch.Tensor] = []
-    handles = [b.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for b in family.blocks(model)[1:-1]]
+    handles = [
+        b.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for b in family.blocks(model)[1:-1]
+    ]
     began, log = time.time(), []
     for step in range(steps):
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -179,7 +183,10 @@ def train_base(family: Family, tokenizer: PreTrainedTokenizerFast, steps: int) -
         log.append([value.item(), *(o.item() for o in opening)])
         if (step + 1) % 100 == 0:
             shown = " ".join(f"{v:.3f}" for v in np.mean(log[-100:], 0))
-            print(f"  step {step + 1}: loss, divergence by exit {shown}, {time.time() - began:.0f} s", flush=True)
+            print(
+                f"  step {step + 1}: loss, divergence by exit {shown}, {time.time() - began:.0f} s",
+                flush=True,
+            )
     for handle in handles:
         handle.remove()
     return model.eval()
@@ -237,7 +244,12 @@ def u_value(d: np.ndarray) -> np.ndarray:
 
 
 def strengths(
-    family: Family, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, concept: str, n: int, seed: int
+    family: Family,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    concept: str,
+    n: int,
+    seed: int,
 ) -> np.ndarray:
     """Return the strength of a concept after each block, embedding first: sqrt(max(U, 0))."""
     texts = [row["text"] for row in grammar.stimuli_rows(concept, n, seed)]

@@ -20,10 +20,55 @@ from empathy_probes.models import Model, load_model
 from empathy_probes.stimuli import StimulusSet, stimuli_from_rows
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-WORDS = (
-    "the a man woman dog cat bird house street river saw met heard found lost kept gave took red blue green old new "
-    "small large day night rain sun road train boat and but then there here with without was is not very quite . , ?"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "man",
+    "woman",
+    "dog",
+    "cat",
+    "bird",
+    "house",
+    "street",
+    "river",
+    "saw",
+    "met",
+    "heard",
+    "found",
+    "lost",
+    "kept",
+    "gave",
+    "took",
+    "red",
+    "blue",
+    "green",
+    "old",
+    "new",
+    "small",
+    "large",
+    "day",
+    "night",
+    "rain",
+    "sun",
+    "road",
+    "train",
+    "boat",
+    "and",
+    "but",
+    "then",
+    "there",
+    "here",
+    "with",
+    "without",
+    "was",
+    "is",
+    "not",
+    "very",
+    "quite",
+    ".",
+    ",",
+    "?",
+]
 
 
 def word_tokenizer(template: str | None = None) -> Any:
@@ -107,7 +152,9 @@ def rows(n: int = 40, seed: int = 0, concept: str = "demo") -> list[dict[str, An
         place = int(generator.integers(0, len(words)))
         for label, word in ((1, "red"), (0, "blue")):
             text = " ".join([*words[:place], word, *words[place:], "."])
-            made.append({"id": f"{concept}-{s}-{label}", "scenario": f"{concept}-{s}", "text": text, "label": label})
+            made.append(
+                {"id": f"{concept}-{s}-{label}", "scenario": f"{concept}-{s}", "text": text, "label": label}
+            )
     return made
 
 

@@ -28,16 +28,23 @@ from empathy_probes.stimuli import stimuli_from_rows
 
 
 def concept(n: int = 40, seed: int = 0, name: str = "demo", role: Any = "target") -> Concept:
-    return Concept(name, role, "", "", "user", "red against blue", stimuli_from_rows(rows(n, seed, name), name))
+    return Concept(
+        name, role, "", "", "user", "red against blue", stimuli_from_rows(rows(n, seed, name), name)
+    )
 
 
 def pair_of(base: Any, aligned: Any, template: str | None = None, **options: Any) -> ModelPair:
-    return load_pair((base, word_tokenizer(template)), (aligned, word_tokenizer(template)), device="cpu", **options)
+    return load_pair(
+        (base, word_tokenizer(template)), (aligned, word_tokenizer(template)), device="cpu", **options
+    )
 
 
 def measure(pair: ModelPair, tmp_path: Path, *concepts: Concept, **options: Any) -> Finding:
     return measure_attenuation(
-        pair, concepts or (concept(),), store=str(tmp_path / "store"), **{"template": "raw", "draws": 199, **options}
+        pair,
+        concepts or (concept(),),
+        store=str(tmp_path / "store"),
+        **{"template": "raw", "draws": 199, **options},
     )
 
 
@@ -71,7 +78,9 @@ def transformed(model: Any, basis: torch.Tensor) -> Any:
             a, m = block.self_attn, block.mlp
             for write in (a.o_proj, m.down_proj):
                 write.weight.copy_(basis.T @ write.weight)
-            if not torch.allclose(basis, basis[0, 0] * torch.eye(len(basis))):  # a scale is undone by the norm itself
+            if not torch.allclose(
+                basis, basis[0, 0] * torch.eye(len(basis))
+            ):  # a scale is undone by the norm itself
                 for read in (a.q_proj, a.k_proj, a.v_proj, m.gate_proj, m.up_proj):
                     read.weight.copy_(read.weight @ inverse.T)
         if not torch.allclose(basis, basis[0, 0] * torch.eye(len(basis))):
@@ -131,7 +140,11 @@ def test_swapping_base_and_aligned_turns_the_sign(tmp_path: Path) -> None:
     one, other = tiny_llama(0), tiny_llama(1)
     there = strength(measure(pair_of(one, other), tmp_path))
     back = strength(measure(pair_of(other, one), tmp_path))
-    live = (there.layer >= 0).to_numpy() & there.attenuation.notna().to_numpy() & back.attenuation.notna().to_numpy()
+    live = (
+        (there.layer >= 0).to_numpy()
+        & there.attenuation.notna().to_numpy()
+        & back.attenuation.notna().to_numpy()
+    )
     assert live.any()
     kept = (1 - there.attenuation.to_numpy()[live]) * (1 - back.attenuation.to_numpy()[live])
     np.testing.assert_allclose(kept, 1.0, rtol=1e-6)
@@ -166,7 +179,9 @@ def test_duplicating_a_text_inside_its_scenario_does_not_narrow_the_interval(tmp
     doubled = [*lines, *({**line, "id": f"{line['id']}-again"} for line in lines)]
     plain = strength(measure(pair, tmp_path))
     again = strength(
-        measure(pair, tmp_path, Concept("demo", "target", "", "", "user", "", stimuli_from_rows(doubled, "demo")))
+        measure(
+            pair, tmp_path, Concept("demo", "target", "", "", "user", "", stimuli_from_rows(doubled, "demo"))
+        )
     )
     for column in ("attenuation_lower", "attenuation_upper", "base_lower", "base_upper"):
         np.testing.assert_allclose(plain[column], again[column], rtol=1e-4, atol=1e-5)
@@ -184,20 +199,30 @@ def test_order_of_texts_changes_nothing(tmp_path: Path) -> None:
     pair, lines = pair_of(tiny_llama(0), tiny_llama(1)), rows(40)
     mixed = [lines[i] for i in np.random.default_rng(1).permutation(len(lines))]
     frames = [
-        measure(pair, tmp_path, Concept("demo", "target", "", "", "user", "", stimuli_from_rows(r, "demo"))).to_frame()
+        measure(
+            pair, tmp_path, Concept("demo", "target", "", "", "user", "", stimuli_from_rows(r, "demo"))
+        ).to_frame()
         for r in (lines, mixed)
     ]
     for column in ("attenuation", "attenuation_lower", "base", "aligned_upper"):
-        np.testing.assert_allclose(frames[0][column].to_numpy(float), frames[1][column].to_numpy(float), atol=1e-5)
+        np.testing.assert_allclose(
+            frames[0][column].to_numpy(float), frames[1][column].to_numpy(float), atol=1e-5
+        )
 
 
 def test_rows_follow_the_contract(tmp_path: Path) -> None:
     pair = pair_of(tiny_llama(0), tiny_llama(1), CHAT)
     control = concept(40, 5, "other", "control")
-    finding = measure(pair, tmp_path, concept(), controls=[control], template="both", sites=("resid_post", "mlp_out"))
+    finding = measure(
+        pair, tmp_path, concept(), controls=[control], template="both", sites=("resid_post", "mlp_out")
+    )
     frame = finding.to_frame()
     assert tuple(frame.columns) == tuple(COLUMNS)
-    assert set(frame.template) == {"raw", "shared", "did"} and set(frame.site) == {"resid_post", "mlp_out", "text"}
+    assert set(frame.template) == {"raw", "shared", "did"} and set(frame.site) == {
+        "resid_post",
+        "mlp_out",
+        "text",
+    }
     embedding = frame[frame.layer == -1]
     assert (embedding.depth == 0).all() and set(embedding.site) == {"resid_post"}
     assert (frame[frame.layer == 3].depth == 1).all()
@@ -211,7 +236,9 @@ def test_rows_follow_the_contract(tmp_path: Path) -> None:
     assert (targets.decision == "").all() and targets["flags"].str.contains("few_controls").all()
 
 
-def test_the_lexical_floor_sees_a_keyword_and_the_embedding_of_a_shared_last_token_does_not(tmp_path: Path) -> None:
+def test_the_lexical_floor_sees_a_keyword_and_the_embedding_of_a_shared_last_token_does_not(
+    tmp_path: Path,
+) -> None:
     frame = measure(pair_of(tiny_llama(0), tiny_llama(1)), tmp_path).to_frame()
     auroc = frame[frame.measure == "auroc"].set_index("layer")
     assert auroc[auroc.site == "text"].base.item() > 0.95

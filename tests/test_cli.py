@@ -52,7 +52,16 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def compare(models: Path, *options: str, base: str = "base", aligned: str = "aligned") -> list[str]:
-    return ["compare", str(models / base), str(models / aligned), "--device", "cpu", "--draws", "199", *options]
+    return [
+        "compare",
+        str(models / base),
+        str(models / aligned),
+        "--device",
+        "cpu",
+        "--draws",
+        "199",
+        *options,
+    ]
 
 
 CONTROLS = ("--controls", ",".join(f"control{k}.jsonl" for k in range(6)))
@@ -63,8 +72,17 @@ def test_compare_writes_the_whole_folder_of_the_contract(models: Path, files: Pa
     printed = json.loads(capsys.readouterr().out)
     out = files / "runs" / "base-vs-aligned"
     assert printed["report"] == "runs/base-vs-aligned/report.html" and len(printed["headlines"]) == 2
-    made = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.parent.name != "vectors"}
-    assert made == {"study.json", "attenuation.csv", "onset.csv", "ledger.csv", "arrays.safetensors", "report.html"}
+    made = {
+        p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.parent.name != "vectors"
+    }
+    assert made == {
+        "study.json",
+        "attenuation.csv",
+        "onset.csv",
+        "ledger.csv",
+        "arrays.safetensors",
+        "report.html",
+    }
     for name, columns in (("attenuation", COLUMNS), ("onset", ONSET_COLUMNS), ("ledger", LEDGER_COLUMNS)):
         assert tuple(pd.read_csv(out / f"{name}.csv").columns) == tuple(columns)
     assert "nan" not in (out / "attenuation.csv").read_text().lower()
@@ -73,10 +91,15 @@ def test_compare_writes_the_whole_folder_of_the_contract(models: Path, files: Pa
         header = json.loads(file.metadata()["empathy_probes"])
     assert header["concept"] == "colour" and header["layers"] == [0, 1, 2, 3]
     record = json.loads((out / "study.json").read_text())
-    assert record["schema_version"] == 1 and record["manifest"]["base"]["weights"] != record["manifest"]["aligned"]["weights"]
+    assert (
+        record["schema_version"] == 1
+        and record["manifest"]["base"]["weights"] != record["manifest"]["aligned"]["weights"]
+    )
 
 
-def test_the_same_study_again_is_loaded_and_another_one_there_is_refused(models: Path, files: Path, capsys: Any) -> None:
+def test_the_same_study_again_is_loaded_and_another_one_there_is_refused(
+    models: Path, files: Path, capsys: Any
+) -> None:
     command = compare(models, "--stimuli", "colour.jsonl", "--template", "raw", "--out", "out")
     assert cli.main(command) == 0
     first = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
@@ -88,7 +111,9 @@ def test_the_same_study_again_is_loaded_and_another_one_there_is_refused(models:
     assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == first
 
 
-def test_report_rebuilds_the_same_bytes_and_notices_a_changed_folder(models: Path, files: Path, capsys: Any) -> None:
+def test_report_rebuilds_the_same_bytes_and_notices_a_changed_folder(
+    models: Path, files: Path, capsys: Any
+) -> None:
     cli.main(compare(models, "--stimuli", "colour.jsonl", "--template", "raw", "--out", "out"))
     before = Path("out/report.html").read_bytes()
     Path("out/report.html").unlink()
@@ -108,9 +133,18 @@ def test_run_reads_a_study_file_and_means_the_same_as_compare(models: Path, file
         'template = "raw"\ndevice = "cpu"\ndraws = 199\nlayers = "0,2-3"\n'
     )
     assert cli.main(["run", "study.toml", "--out", "a"]) == 0
-    command = compare(models, "--stimuli", "colour.jsonl", "--template", "raw", "--layers", "0,2-3", "--out", "b")
+    command = compare(
+        models, "--stimuli", "colour.jsonl", "--template", "raw", "--layers", "0,2-3", "--out", "b"
+    )
     assert cli.main(command) == 0
-    for name in ("attenuation.csv", "onset.csv", "ledger.csv", "study.json", "report.html", "arrays.safetensors"):
+    for name in (
+        "attenuation.csv",
+        "onset.csv",
+        "ledger.csv",
+        "study.json",
+        "report.html",
+        "arrays.safetensors",
+    ):
         assert Path("a", name).read_bytes() == Path("b", name).read_bytes(), name
 
 
@@ -123,7 +157,9 @@ def test_identical_models_need_leave_and_then_nothing_differs(models: Path, file
     scored = frame[frame.measure == "strength"]
     for column in ("difference", "attenuation", "band_lower", "band_upper"):
         assert (scored[column] == 0).all()
-    assert (scored[scored.role == "target"][["specific", "specific_lower", "specific_upper"]] == 0).all(axis=None)
+    assert (scored[scored.role == "target"][["specific", "specific_lower", "specific_upper"]] == 0).all(
+        axis=None
+    )
     assert set(scored.decision) == {"equivalent"}
 
 
@@ -223,12 +259,16 @@ def test_bad_input_exits_2_with_one_sentence_and_leaves_nothing(
 
 def test_version_and_help_exit_0() -> None:
     for argv in (["--version"], ["--help"], ["compare", "--help"]):
-        done = subprocess.run([sys.executable, "-m", "empathy_probes.cli", *argv], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "empathy_probes.cli", *argv], capture_output=True, text=True
+        )
         assert done.returncode == 0 and done.stdout and not done.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_study_goes_on_and_ends_with_identical_files(models: Path, files: Path, how: signal.Signals) -> None:
+def test_an_interrupted_study_goes_on_and_ends_with_identical_files(
+    models: Path, files: Path, how: signal.Signals
+) -> None:
     slow = (
         "import sys, time\nfrom empathy_probes import cli, extraction\nextraction.PART_SECONDS = 0.0\n"
         "real = extraction._run_batch\n"
@@ -237,7 +277,9 @@ def test_an_interrupted_study_goes_on_and_ends_with_identical_files(models: Path
         "extraction.extract.__kwdefaults__['budget'] = 60\nsys.exit(cli.main(sys.argv[1:]))"
     )
     options = ["--stimuli", "colour.jsonl", "--template", "raw", "--out", "out", "--store", "cut"]
-    process = subprocess.Popen([sys.executable, "-c", slow, *compare(models, *options)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *compare(models, *options)], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not list(Path().glob("cut/*.parts/*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -255,12 +297,32 @@ def test_an_interrupted_study_goes_on_and_ends_with_identical_files(models: Path
 
 def test_the_real_english_pair_runs_and_a_third_party_model_too(files: Path, capsys: Any) -> None:
     base, aligned = shared("models", "english-base"), shared("models", "english-aligned")
-    command = ["compare", str(base), str(aligned), "--device", "cpu", "--dtype", "float32", "--layers", "0,4,7"]
+    command = [
+        "compare",
+        str(base),
+        str(aligned),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--layers",
+        "0,4,7",
+    ]
     assert cli.main([*command, "--concepts", "distance", "--controls", "tense", "--out", "english"]) == 0
     frame = pd.read_csv("english/attenuation.csv")
     assert set(frame.template) == {"raw", "shared", "did"}
     stories = shared("models", "stories260k")
-    options = ["--allow-identical", "--concepts", "tense", "--controls", "none", "--out", "stories", "--device", "cpu"]
+    options = [
+        "--allow-identical",
+        "--concepts",
+        "tense",
+        "--controls",
+        "none",
+        "--out",
+        "stories",
+        "--device",
+        "cpu",
+    ]
     assert cli.main(["compare", str(stories), str(stories), *options]) == 0
     assert "no_chat_template" in Path("stories/attenuation.csv").read_text()
     capsys.readouterr()
@@ -277,14 +339,22 @@ def test_the_built_wheel_runs_the_demo_in_an_empty_folder(tmp_path: Path) -> Non
     assert wheel.stat().st_size < 10e6
     subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
     (tmp_path / "empty").mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "EMPATHY_PROBES_STORE": str(tmp_path / "store")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path / "site"),
+        "EMPATHY_PROBES_STORE": str(tmp_path / "store"),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "empathy_probes.cli", "demo"],
         cwd=tmp_path / "empty", env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "valence: Attenuated by block 3" in done.stdout
-    others = [line for line in done.stdout.splitlines() if ": " in line and "valence" not in line and "Report" not in line]
+    others = [
+        line
+        for line in done.stdout.splitlines()
+        if ": " in line and "valence" not in line and "Report" not in line
+    ]
     assert others and not any("Attenuated" in line or "Amplified" in line for line in others)
     report = tmp_path / "empty" / "runs" / "demo" / "report.html"
     assert report.is_file() and str(tmp_path / "site") in subprocess.run(

@@ -61,7 +61,9 @@ def test_batch_size_and_order_change_no_contrast(model: Model, tmp_path: Path, b
     assert np.all((contrast * again).sum(-1)[live] > (1 - 1e-5) * (norms[0] * norms[1])[live])
 
 
-def test_the_same_request_again_runs_nothing(llama: Model, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_request_again_runs_nothing(
+    llama: Model, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = prompts_of(llama, stimuli(10))
     first = run(llama, store, prompts)
     monkeypatch.setattr(Model, "run", lambda *a, **k: pytest.fail("the model ran again"))
@@ -125,7 +127,9 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
     assert store.info().parts == 0
 
 
-def test_running_out_of_memory_halves_the_batch(llama: Model, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_halves_the_batch(
+    llama: Model, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = prompts_of(llama, stimuli(10))
     expected = run(llama, store, prompts).acts
     real, sizes = Model.run, []
@@ -140,9 +144,11 @@ def test_running_out_of_memory_halves_the_batch(llama: Model, store: Store, monk
     store.clear()
     np.testing.assert_allclose(run(llama, store, prompts).acts, expected, atol=2e-5, rtol=1e-4)
     assert max(sizes) > 3
-    monkeypatch.setattr(Model, "run", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(
+        Model, "run", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    )
     store.clear()
-    with pytest.raises(InputError, match="alone.*does not fit"):
+    with pytest.raises(InputError, match=r"alone.*does not fit"):
         run(llama, store, prompts)
 
 

@@ -11,7 +11,14 @@ from conftest import CHAT, MAKERS, tiny_llama, word_tokenizer
 
 from empathy_probes.batches import Pool, pad_tokens
 from empathy_probes.errors import InputError
-from empathy_probes.interventions import add_vector, at_positions, mean_ablate, project_out, replace_component, replace_with
+from empathy_probes.interventions import (
+    add_vector,
+    at_positions,
+    mean_ablate,
+    project_out,
+    replace_component,
+    replace_with,
+)
 from empathy_probes.models import Model, load_model
 from empathy_probes.pairs import load_pair, make_pair
 from empathy_probes.sites import COMPONENTS, Site
@@ -83,7 +90,9 @@ def test_writing_what_was_read_changes_nothing(model: Model, component: str) -> 
 
 
 @pytest.mark.parametrize("component", ["resid_pre", "resid_mid", "resid_post"])
-def test_replacing_a_whole_residual_stream_moves_the_run_to_the_other_prompt(model: Model, component: str) -> None:
+def test_replacing_a_whole_residual_stream_moves_the_run_to_the_other_prompt(
+    model: Model, component: str
+) -> None:
     site = Site(2, component)
     one, other = ["the man saw a red bird ."], ["the cat met the old dog ."]
     donor = model.run(other, read=[site])
@@ -133,7 +142,9 @@ def test_replay_from_a_state_equals_the_whole_run(model: Model, after: int) -> N
     again = model.replay(whole, whole.acts[Site(after)], after, read=[Site(3, "attn_out")])
     mask = model.tokenize(TEXTS).mask.bool()
     torch.testing.assert_close(again.logits[mask], whole.logits[mask], **CLOSE)
-    torch.testing.assert_close(again.acts[Site(3, "attn_out")][mask], whole.acts[Site(3, "attn_out")][mask], **CLOSE)
+    torch.testing.assert_close(
+        again.acts[Site(3, "attn_out")][mask], whole.acts[Site(3, "attn_out")][mask], **CLOSE
+    )
 
 
 def test_replay_carries_a_batch_that_is_a_multiple_of_the_captured_one(model: Model) -> None:
@@ -162,7 +173,9 @@ def test_the_self_check_trusts_these_architectures(model: Model) -> None:
 
 def test_the_self_check_refuses_a_model_whose_suffix_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = load_model((tiny_llama(3), word_tokenizer()), device="cpu")
-    monkeypatch.setattr(Model, "_unembed", lambda self, state: 2 * self.bridge.unembed(self.bridge.ln_final(state)))
+    monkeypatch.setattr(
+        Model, "_unembed", lambda self, state: 2 * self.bridge.unembed(self.bridge.ln_final(state))
+    )
     assert "misses the plain forward pass" in str(broken.replay_refusal)
 
 
@@ -170,7 +183,9 @@ def test_the_self_check_refuses_a_model_whose_suffix_differs(monkeypatch: pytest
 def test_padding_side_and_company_change_no_activation(model: Model, left: bool) -> None:
     token_rows = [list(ids[: int(m.sum())]) for ids, m in zip(*vars_of(model), strict=True)]
     batch = pad_tokens(token_rows, left=left)
-    together = model.run(batch, read=[Site(3)], pool=Pool.of([[len(r) - 1] for r in token_rows], batch)).acts[Site(3)]
+    together = model.run(batch, read=[Site(3)], pool=Pool.of([[len(r) - 1] for r in token_rows], batch)).acts[
+        Site(3)
+    ]
     for row, pooled in zip(token_rows, together, strict=True):
         alone = model.run(pad_tokens([row]), read=[Site(3)]).acts[Site(3)][0, -1]
         torch.testing.assert_close(pooled, alone, **CLOSE)
@@ -228,7 +243,12 @@ def test_a_saved_checkpoint_loads_offline_and_has_the_same_weights(tmp_path: Pat
 def test_fingerprints_change_with_weights_configuration_and_dtype() -> None:
     prints = [
         load_model((tiny_llama(seed, **changes), word_tokenizer()), dtype=dtype, device="cpu").fingerprint
-        for seed, changes, dtype in ((0, {}, None), (1, {}, None), (0, {"rms_norm_eps": 1e-3}, None), (0, {}, "bfloat16"))
+        for seed, changes, dtype in (
+            (0, {}, None),
+            (1, {}, None),
+            (0, {"rms_norm_eps": 1e-3}, None),
+            (0, {}, "bfloat16"),
+        )
     ]
     assert len(set(prints)) == 4
 
@@ -245,7 +265,9 @@ def pair_of(base: Any, aligned: Any, **options: Any) -> Any:
         ({"vocab_size": 20}, "vocabulary"),
     ],
 )
-def test_pairs_that_cannot_be_compared_are_refused_naming_both_sides(aligned: dict[str, Any], what: str) -> None:
+def test_pairs_that_cannot_be_compared_are_refused_naming_both_sides(
+    aligned: dict[str, Any], what: str
+) -> None:
     with pytest.raises(InputError, match=f"{what}.*base 'LlamaForCausalLM'.*aligned 'LlamaForCausalLM'"):
         pair_of(tiny_llama(0), tiny_llama(1, **aligned))
 
@@ -266,7 +288,10 @@ def test_vocabularies_may_differ_in_added_specials_and_padding_rows_only() -> No
     assert pair.aligned.d_vocab == 72
     swapped = word_tokenizer()
     swapped._tokenizer = type(swapped._tokenizer).from_str(
-        swapped._tokenizer.to_str().replace('"red":', '"X":').replace('"blue":', '"red":').replace('"X":', '"blue":')
+        swapped._tokenizer.to_str()
+        .replace('"red":', '"X":')
+        .replace('"blue":', '"red":')
+        .replace('"X":', '"blue":')
     )
     with pytest.raises(InputError, match="2 tokens differ"):
         load_pair((tiny_llama(0), word_tokenizer()), (tiny_llama(1), swapped), device="cpu")

@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from empathy_probes.attenuation import Finding, measure_attenuation
 from empathy_probes.concepts import Concept
 from empathy_probes.errors import InputError
-from empathy_probes.phantoms import list_phantoms, load_phantom, load_phantom_concepts, phantom_truth, write_phantom
+from empathy_probes.phantoms import (
+    list_phantoms,
+    load_phantom,
+    load_phantom_concepts,
+    phantom_truth,
+    write_phantom,
+)
 
 TWINS = list_phantoms()
 SEEDS = range(5)
@@ -52,7 +58,14 @@ def test_nothing_is_found_before_the_planted_block(findings: dict[tuple[str, int
         frame = finding.to_frame()
         before = frame[(frame.measure == "strength") & (frame.layer < phantom_truth(twin)["layer"])]
         assert len(before)
-        for column in ("difference", "attenuation", "attenuation_lower", "attenuation_upper", "band_lower", "band_upper"):
+        for column in (
+            "difference",
+            "attenuation",
+            "attenuation_lower",
+            "attenuation_upper",
+            "band_lower",
+            "band_upper",
+        ):
             assert (before[column] == 0).all(), (twin, column)
 
 
@@ -79,7 +92,8 @@ def test_concepts_that_nothing_was_done_to_are_left_alone(findings: dict[tuple[s
         frame = finding.to_frame()
         others = frame[(frame.measure == "strength") & frame.concept.isin(OTHERS)]
         claims += [
-            bool(set(rows.decision) & {"attenuated", "amplified"}) for _, rows in others.groupby("concept", sort=False)
+            bool(set(rows.decision) & {"attenuated", "amplified"})
+            for _, rows in others.groupby("concept", sort=False)
         ]
     assert np.mean(claims) <= 0.05
 

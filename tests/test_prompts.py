@@ -21,7 +21,11 @@ def make(read: Any = "last", **content: Any) -> StimulusSet:
             else [{**turn, "content": turn["content"].replace("COLOUR", word)} for turn in value]
             for key, value in content.items()
         }
-        place = {"span": read["span"].replace("COLOUR", word)} if isinstance(read, dict) and "span" in read else read
+        place = (
+            {"span": read["span"].replace("COLOUR", word)}
+            if isinstance(read, dict) and "span" in read
+            else read
+        )
         lines.append({"id": str(label), "scenario": "s", "label": label, "read": place, **filled})
     return stimuli_from_rows(lines, "c")
 
@@ -46,7 +50,9 @@ def test_raw_text_has_one_bos_and_is_read_at_its_last_token() -> None:
 @pytest.mark.parametrize("style", ["raw", "chat"])
 def test_a_span_is_read_at_its_own_tokens(style: Any) -> None:
     tokenizer = word_tokenizer(CHAT)
-    one, other = render(tokenizer, make({"span": "COLOUR bird"}, text="the man saw a COLOUR bird here"), style, "user")
+    one, other = render(
+        tokenizer, make({"span": "COLOUR bird"}, text="the man saw a COLOUR bird here"), style, "user"
+    )
     assert (decoded(tokenizer, one), decoded(tokenizer, other)) == ("red bird", "blue bird")
 
 
@@ -59,10 +65,14 @@ def test_a_message_is_read_at_the_last_token_of_its_content(style: Any, message:
 
 
 def test_a_span_is_found_in_its_own_turn_and_not_in_the_template() -> None:
-    tokenizer = word_tokenizer(CHAT.replace("' <model> '", "' <model> red '").replace(" <model>{%", " <model> red{%"))
+    tokenizer = word_tokenizer(
+        CHAT.replace("' <model> '", "' <model> red '").replace(" <model>{%", " <model> red{%")
+    )
     turns = [{"role": "user", "content": "the man"}, {"role": "assistant", "content": "a COLOUR dog"}]
     one, _ = render(tokenizer, make({"span": "COLOUR"}, messages=turns), "chat", "user")
-    assert decoded(tokenizer, one) == "red" and one.ids[one.read[0] - 1] == tokenizer.convert_tokens_to_ids("a")
+    assert decoded(tokenizer, one) == "red" and one.ids[one.read[0] - 1] == tokenizer.convert_tokens_to_ids(
+        "a"
+    )
 
 
 def test_a_chat_prompt_ends_with_the_generation_prompt_unless_the_assistant_spoke_last() -> None:

@@ -20,7 +20,9 @@ DATA = (ROOT / "../shared/data").resolve()
 
 
 def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_public_data", ROOT / "scripts/prepare_public_data.py")
+    spec = importlib.util.spec_from_file_location(
+        "prepare_public_data", ROOT / "scripts/prepare_public_data.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # a dataclass looks its module up there
@@ -62,7 +64,9 @@ def data(tmp_path: Path) -> Path:
     lines += [f"Mixed {w} cup\t{ids['joy']},{ids['anger']}\tx" for w in COLOURS]
     write(folder / "goemotions/dev.tsv", "\n".join(lines[::2]) + "\n")
     write(folder / "goemotions/test.tsv", "\n".join(lines[1::2]) + "\n")
-    rows = [f'{label},"A {kind}, {w} film"\n' for w in COLOURS for label, kind in ((0, "dull"), (1, "bright"))]
+    rows = [
+        f'{label},"A {kind}, {w} film"\n' for w in COLOURS for label, kind in ((0, "dull"), (1, "bright"))
+    ]
     write(folder / "sst2/dev_binary_sent.csv", "label,sentence\n" + "".join(rows[:12]))
     write(folder / "sst2/test_binary_sent.csv", "label,sentence\n" + "".join(rows[12:]))
     requests = [f"{i},May I ask about {w}{' <url>' * (i % 2)}?,{i / 10}\n" for i, w in enumerate(COLOURS * 2)]
@@ -104,10 +108,14 @@ def check_file(path: Path) -> int:
     return len(scenarios)
 
 
-def test_every_file_is_a_stimuli_file_with_one_text_of_each_label_per_scenario(data: Path, tmp_path: Path) -> None:
+def test_every_file_is_a_stimuli_file_with_one_text_of_each_label_per_scenario(
+    data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     assert run(data, out, "--scenarios", "3") == 0
-    assert {path.name for path in out.iterdir()} == {f"{name}.jsonl" for name in TARGETS + CONTROLS} | {"SOURCES.txt"}
+    assert {path.name for path in out.iterdir()} == {f"{name}.jsonl" for name in TARGETS + CONTROLS} | {
+        "SOURCES.txt"
+    }
     assert all(check_file(path) == 3 for path in out.glob("*.jsonl"))
     assert load_stimuli(out / "repe_emotion.jsonl")[0].kind == "categorical"
     assert load_stimuli(out / "repe_valence.jsonl")[0].kind == "binary"
@@ -137,7 +145,9 @@ def test_labels_follow_the_source(data: Path, tmp_path: Path) -> None:
 
 def test_negative_situations_come_in_equal_shares(data: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path / "out", "--scenarios", "8") == 0
-    negative = [row["text"].split()[2] for row in rows_of(tmp_path / "out/repe_valence.jsonl") if row["label"] == 0]
+    negative = [
+        row["text"].split()[2] for row in rows_of(tmp_path / "out/repe_valence.jsonl") if row["label"] == 0
+    ]
     assert {emotion: negative.count(emotion) for emotion in set(negative)} == dict.fromkeys(
         script.NEGATIVE_SITUATIONS, 2
     )
@@ -212,7 +222,9 @@ BREAKAGES: dict[str, Callable[[Path], object]] = {
     "test.tsv": lambda data: (data / "goemotions/test.tsv").unlink(),
     "dev.tsv, line 1": lambda data: write(data / "goemotions/dev.tsv", "a comment\t99\tid\n"),
     "labels.txt": lambda data: write(data / "goemotions/labels.txt", "joy\n"),
-    "dev_binary_sent.csv, line 2": lambda data: write(data / "sst2/dev_binary_sent.csv", "label,sentence\n2,x\n"),
+    "dev_binary_sent.csv, line 2": lambda data: write(
+        data / "sst2/dev_binary_sent.csv", "label,sentence\n2,x\n"
+    ),
     "no column": lambda data: write(data / "sst2/dev_binary_sent.csv", "a,b\n2,x\n"),
     "another number": lambda data: write(data / "sst2/dev_binary_sent.csv", "label,sentence\n1\n"),
     "finite": lambda data: write(data / "politeness/wikipedia.csv", "request,normalized_score\nx,nan\n"),

@@ -175,7 +175,7 @@ def make_phantom(study: Study | None = None) -> Study:
     study = study or make_study()
     truth = {
         "schema_version": 1, "family": "planted", "concept": "valence", "layer": 3, "keep_intended": 0.4,
-        "keep_achieved": 0.385, "attenuation_by_layer": {str(l): 0.615 * (l > 2) for l in range(-1, 8)}, "n_scenarios": 2000, "seed": 0,
+        "keep_achieved": 0.385, "attenuation_by_layer": {str(block): 0.615 * (block > 2) for block in range(-1, 8)}, "n_scenarios": 2000, "seed": 0,
         "positions": "all", "verdict": "erased",
     }  # fmt: skip
     return replace(study, manifest=study.manifest | {"planted": truth})
@@ -422,7 +422,10 @@ def test_a_pair_that_is_no_phantom_has_no_such_box(small: str) -> None:
 
 def test_a_missed_phantom_is_called_missed() -> None:
     study = make_phantom(make_small())
-    truth = study.manifest["planted"] | {"layer": 6, "attenuation_by_layer": {str(l): 0.2 * (l > 5) for l in range(-1, 8)}}
+    truth = study.manifest["planted"] | {
+        "layer": 6,
+        "attenuation_by_layer": {str(block): 0.2 * (block > 5) for block in range(-1, 8)},
+    }
     box = report.render_report(replace(study, manifest=study.manifest | {"planted": truth}))
     assert "✗ onset set misses the planted layer" in box and "✗ band misses the truth 0.00 at block 4" in box
 

@@ -10,13 +10,21 @@ import pandas as pd
 import pytest
 from conftest import rows
 
-from empathy_probes.concepts import list_concepts, load_concept, load_concept_file, load_controls, load_neutral
+from empathy_probes.concepts import (
+    list_concepts,
+    load_concept,
+    load_concept_file,
+    load_controls,
+    load_neutral,
+)
 from empathy_probes.errors import InputError
 from empathy_probes.stimuli import load_stimuli, stimuli_from_rows
 
 
 def write(path: Path, lines: list[Any]) -> Path:
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf8")
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf8"
+    )
     return path
 
 

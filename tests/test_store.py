@@ -28,7 +28,11 @@ class Outer:
 
 
 TYPES = {"Inner": Inner, "Outer": Outer}
-RECORD = Outer("naïve", (Inner("one", np.arange(6.0).reshape(2, 3)), Inner("two", np.array([True]))), {"x": 1.5, "y": [1, 2]})
+RECORD = Outer(
+    "naïve",
+    (Inner("one", np.arange(6.0).reshape(2, 3)), Inner("two", np.array([True]))),
+    {"x": 1.5, "y": [1, 2]},
+)
 
 
 @pytest.mark.parametrize("url", ["{tmp}/store", "memory://store-{name}"])
@@ -83,10 +87,16 @@ def test_records_that_are_none_or_newer_or_foreign_are_refused(tmp_path: Path) -
         load_record(tmp_path / "bad", TYPES)
     save_record(RECORD, tmp_path / "r")
     data = (tmp_path / "r").read_bytes()
-    old, new = f'schema_version\\": {SCHEMA_VERSION}'.encode(), f'schema_version\\": {SCHEMA_VERSION + 8}'.encode()
+    old, new = (
+        f'schema_version\\": {SCHEMA_VERSION}'.encode(),
+        f'schema_version\\": {SCHEMA_VERSION + 8}'.encode(),
+    )
     assert old in data
     (tmp_path / "newer").write_bytes(data.replace(old, new))
-    with pytest.raises(StoreError, match=f"version {SCHEMA_VERSION + 8}, but this package knows versions up to {SCHEMA_VERSION}"):
+    with pytest.raises(
+        StoreError,
+        match=f"version {SCHEMA_VERSION + 8}, but this package knows versions up to {SCHEMA_VERSION}",
+    ):
         load_record(tmp_path / "newer", TYPES)
     with pytest.raises(StoreError, match="holds a 'Inner'"):
         load_record(tmp_path / "r", {"Outer": Outer})
