@@ -32,7 +32,8 @@ _MODULES = {
     "stats": ("Estimate",),
     "stimuli": ("StimulusSet", "load_stimuli", "stimuli_from_rows"),
     "store": ("open_store",),
-    "study": ("Study", "StudySpec", "load_study", "read_spec", "resolve", "run_study"),
+    "specs": ("StudySpec", "read_spec", "resolve"),
+    "study": ("Study", "load_study", "run_study"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -88,7 +89,8 @@ if TYPE_CHECKING:
     )
     from empathy_probes.report import write_report
     from empathy_probes.sites import Site
+    from empathy_probes.specs import StudySpec, read_spec, resolve
     from empathy_probes.stats import Estimate
     from empathy_probes.stimuli import StimulusSet, load_stimuli, stimuli_from_rows
     from empathy_probes.store import open_store
-    from empathy_probes.study import Study, StudySpec, load_study, read_spec, resolve, run_study
+    from empathy_probes.study import Study, load_study, run_study

@@ -10,7 +10,7 @@ the embedding layer and the lexical floor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +143,16 @@ class Finding:
     """Digests of models, tokenizers and stimuli, and how concepts are described."""
 
     @property
+    def key(self) -> str:
+        """What kind of result this is, also in saved files."""
+        return "attenuation"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every choice behind the numbers, as plain data."""
+        return study_options(self.provenance, self.settings)
+
+    @property
     def templates(self) -> tuple[str, ...]:
         """Templates measured, in order."""
         return tuple(dict.fromkeys(m.template for m in self.measurements))
@@ -249,6 +259,12 @@ class Finding:
 
 
 TYPES = {cls.__name__: cls for cls in (Finding, Measurement, Settings)}
+
+
+def study_options(provenance: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Every choice behind the numbers of a design measured with these settings, as plain data."""
+    base = provenance["base"]
+    return {**provenance["design"], **asdict(settings), "dtype": base["dtype"], "device": base["device"]}
 
 
 def load_finding(path: str | Path) -> Finding:

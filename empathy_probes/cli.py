@@ -19,7 +19,8 @@ from empathy_probes import __version__
 from empathy_probes.errors import EmpathyProbesError, InputError
 
 if TYPE_CHECKING:
-    from empathy_probes.study import Study, StudySpec
+    from empathy_probes.specs import StudySpec
+    from empathy_probes.study import Study
 
 DEMO_PHANTOM = "planted-valence"
 DEMO_SCENARIOS = 100
@@ -158,7 +159,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from empathy_probes.study import StudySpec
+    from empathy_probes.specs import StudySpec
 
     controls = _split(args.controls)
     spec = StudySpec(
@@ -172,14 +173,15 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from empathy_probes.study import read_spec
+    from empathy_probes.specs import read_spec
 
     return _run_spec(read_spec(args.study), args)
 
 
 def _run_spec(spec: StudySpec, args: argparse.Namespace) -> int:
     from empathy_probes.attenuation import Settings
-    from empathy_probes.study import default_out, describe_plan, resolve, run_study
+    from empathy_probes.specs import default_out, describe_plan, resolve
+    from empathy_probes.study import run_study
 
     design = resolve(spec)
     if args.dry_run:

@@ -137,7 +137,7 @@ def _render_pair(
 
 
 def describe_design(design: Design) -> dict[str, Any]:
-    """Provenance: models, tokenizers and concepts by name and digest; plain data."""
+    """Provenance: models, tokenizers and concepts by name and digest, and what is read where; plain data."""
     return {
         "base": _describe_model(design.pair.base),
         "aligned": _describe_model(design.pair.aligned),
@@ -150,6 +150,9 @@ def describe_design(design: Design) -> dict[str, Any]:
             }
             for concept in design.concepts
         },
+        "design": {
+            "template": list(design.templates), "sites": list(design.components), "layers": list(design.layers),
+        },
     }  # fmt: skip
 
 
@@ -157,7 +160,7 @@ def _describe_model(model: Model) -> dict[str, Any]:
     bos = model.tokenizer.bos_token_id
     return {
         "name": model.name, "revision": model.revision, "weights": model.weights,
-        "tokenizer": model.tokenizer_digest, "chat_template": model.template_digest,
+        "fingerprint": model.fingerprint, "tokenizer": model.tokenizer_digest, "chat_template": model.template_digest,
         "architecture": model.architecture, "n_layers": model.n_layers, "d_model": model.d_model,
         "dtype": model.dtype, "device": str(model.device), "parameters": model.n_parameters,
         "bos": bool(bos is not None and model.tokenizer("a")["input_ids"][:1] == [bos]),

@@ -23,7 +23,7 @@ FLOORS = (
     {"pairs", "extraction", "decisions"},
     {"design"},
     {"attenuation"},
-    {"ledger", "phantoms"},
+    {"ledger", "phantoms", "specs"},
     {"study"},
     {"wording", "drawing"},
     {"tables"},

@@ -24,7 +24,9 @@ from empathy_probes.design import design_study
 from empathy_probes.errors import InputError, ProvenanceError
 from empathy_probes.ledger import headlines, ledger_frame
 from empathy_probes.pairs import ModelPair, load_pair
+from empathy_probes.report import write_report
 from empathy_probes.stimuli import stimuli_from_rows
+from empathy_probes.study import Study, load_study
 
 
 def concept(n: int = 40, seed: int = 0, name: str = "demo", role: Any = "target") -> Concept:
@@ -309,3 +311,19 @@ def test_raw_text_that_two_tokenizers_split_differently_is_refused() -> None:
     shared = design_study(pair, [concept()], template="shared")
     ours, others = shared.prompts["demo", "shared"]
     assert [p.ids for p in ours] == [p.ids for p in others]
+
+
+def test_a_study_made_in_a_notebook_is_saved_loaded_and_reported_alike(tmp_path: Path) -> None:
+    finding = measure(pair_of(tiny_llama(0), tiny_llama(1)), tmp_path)
+    study = Study("By hand", [finding])
+    study.save(tmp_path / "study")
+    study.save(tmp_path / "study")  # the same study there already is no mistake
+    again = load_study(tmp_path / "study")
+    now = write_report(study, tmp_path / "now.html").read_bytes()
+    assert write_report(again, tmp_path / "later.html").read_bytes() == now
+    assert again.digest == study.digest and again.finding.to_frame().equals(finding.to_frame())
+    other = measure(pair_of(tiny_llama(0), tiny_llama(2)), tmp_path)
+    with pytest.raises(InputError, match="holds another study"):
+        Study("By hand", [other]).save(tmp_path / "study")
+    with pytest.raises(InputError, match="one of each kind"):
+        Study("Two", [finding, other])

@@ -44,7 +44,9 @@ def by_hand(model: LlamaForCausalLM, prompts: list[RenderedPrompt], device: str)
         with torch.inference_mode():
             states = model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        kept.append(torch.stack([h[torch.arange(len(rows)), last] for h in states[:-1]], 1).float().cpu().numpy())
+        kept.append(
+            torch.stack([h[torch.arange(len(rows)), last] for h in states[:-1]], 1).float().cpu().numpy()
+        )
     return np.concatenate(kept)
 
 
@@ -57,7 +59,9 @@ def main() -> None:
     from empathy_probes.extraction import extract
     from empathy_probes.store import Store
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--d-model", type=int, default=512)
@@ -94,10 +98,14 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - started)
     best = {name: min(times) for name, times in seconds.items()}
     apart = float(np.abs(ours - theirs).max() / np.abs(theirs).std())
-    print(f"{args.texts} texts, {plan.n_tokens} tokens, {args.layers} layers × {args.d_model}, {args.dtype}, {args.device}")
+    print(
+        f"{args.texts} texts, {plan.n_tokens} tokens, {args.layers} layers × {args.d_model}, {args.dtype}, {args.device}"
+    )
     for name, time_taken in best.items():
         print(f"{name:<8} {time_taken:8.3f} s   {plan.n_tokens / time_taken:12.0f} tokens/s")
-    print(f"ratio    {best['by hand'] / best['ours']:8.2f}   largest difference {apart:.1e} of the activations' spread")
+    print(
+        f"ratio    {best['by hand'] / best['ours']:8.2f}   largest difference {apart:.1e} of the activations' spread"
+    )
 
 
 if __name__ == "__main__":

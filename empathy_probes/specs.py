@@ -1,0 +1,215 @@
+"""What a study is made from: a specification, read from a file or the command line, resolved and planned.
+
+Everything that can go wrong with the inputs goes wrong here, before anything is created.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from empathy_probes.concepts import Concept, load_concept, load_concept_file, load_controls, load_targets
+from empathy_probes.design import Design, design_study
+from empathy_probes.errors import InputError
+from empathy_probes.extraction import plan_extraction, seconds_per_token
+from empathy_probes.pairs import load_pair
+from empathy_probes.sites import Site, parse_layers
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """Everything a study is made from; the keys of a study file."""
+
+    base: str
+    aligned: str | None = None
+    """None with an adapter on the base."""
+    adapter: str | None = None
+    concepts: tuple[str, ...] = ()
+    """Shipped concepts by name; all shipped targets where neither concepts nor stimuli are given."""
+    stimuli: tuple[str, ...] = ()
+    """Stimuli files of one's own."""
+    controls: tuple[str, ...] | None = None
+    """Names or files; None: the shipped controls where shipped concepts are used; empty: none."""
+    template: str = "both"
+    sites: tuple[str, ...] = ("resid_post",)
+    layers: str = "all"
+    margin: float = 0.10
+    draws: int = 1000
+    seed: int = 0
+    dtype: str | None = None
+    device: str | None = None
+    allow_identical: bool = False
+    trust_remote_code: bool = False
+    store: str | None = None
+    out: str | None = None
+
+
+def read_spec(path: str | Path) -> StudySpec:
+    """Read a study file.
+
+    Relative paths in it are relative to its folder. Unknown keys are errors.
+
+    Raises:
+        InputError: the file is missing, is no TOML, or has an unknown key or a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise InputError(f"no study file at {path}: expected a TOML file; check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, expected a TOML file; name the file in it") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML ({error}): expected a study file; repair it") from None
+    known = {field.name: str(field.type) for field in fields(StudySpec)}
+    for key, value in entries.items():
+        if key not in known:
+            raise InputError(
+                f"{path}: unknown key '{key}', expected one of {', '.join(known)}; correct or remove it"
+            )
+        entries[key] = _typed(path, key, value, known[key])
+    if "base" not in entries:
+        raise InputError(f"{path}: got no key 'base', expected the base model's folder or hub id; add it")
+
+    def here(name: str) -> str:
+        return str(path.parent / name) if (path.parent / name).exists() else name
+
+    for key in ("base", "aligned", "adapter"):
+        if key in entries:
+            entries[key] = here(entries[key])
+    for key in ("stimuli", "controls"):
+        if key in entries:
+            entries[key] = tuple(here(name) for name in entries[key])
+    return StudySpec(**entries)
+
+
+def _typed(path: Path, key: str, value: Any, annotation: str) -> Any:
+    kind = annotation.removesuffix(" | None")
+    if (
+        kind.startswith("tuple")
+        and isinstance(value, list)
+        and all(isinstance(entry, str) for entry in value)
+    ):
+        return tuple(value)
+    plain: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+    }
+    # Numbers come back as floats where floats are meant, and true is not a number.
+    if type(value) in plain.get(kind, ()):
+        return float(value) if kind == "float" else value
+    expected = {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false"}
+    raise InputError(
+        f"{path}, key '{key}': got {value!r}, expected {expected.get(kind, 'a list of strings')}; correct the value"
+    )
+
+
+def resolve_concepts(spec: StudySpec) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
+    """Load targets and controls.
+
+    Raises:
+        InputError: a name or file is not usable.
+    """
+    targets = [load_concept(name) for name in spec.concepts]
+    targets = [replace(concept, role="target") for concept in targets]
+    for path in spec.stimuli:
+        targets += load_concept_file(path, "target")
+    if not spec.concepts and not spec.stimuli:
+        targets = list(load_targets())
+    names = {concept.name for concept in targets}
+    if spec.controls is None:
+        shipped = load_controls() if spec.concepts or not spec.stimuli else ()
+        # A control that is asked about as a target cannot also be its own background.
+        return tuple(targets), tuple(concept for concept in shipped if concept.name not in names)
+    controls: list[Concept] = []
+    for name in spec.controls:
+        if Path(name).suffix in {".jsonl", ".csv", ".parquet"}:
+            controls += load_concept_file(name, "control")
+        else:
+            controls.append(replace(load_concept(name), role="control"))
+    return tuple(targets), tuple(controls)
+
+
+def resolve(spec: StudySpec) -> Design:
+    """Check options and concepts, load the models, render every text: nothing is written.
+
+    Raises:
+        InputError: anything that would keep the study from finishing, named.
+    """
+    check_numbers(spec)
+    targets, controls = resolve_concepts(spec)
+    pair = load_pair(
+        spec.base,
+        spec.aligned,
+        adapter=spec.adapter,
+        dtype=spec.dtype,
+        device=spec.device,
+        allow_identical=spec.allow_identical,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    return design_study(
+        pair,
+        targets,
+        controls,
+        template=spec.template,
+        sites=spec.sites,
+        layers=parse_layers(spec.layers, pair.base.n_layers),
+    )
+
+
+def check_numbers(spec: StudySpec) -> None:
+    """Refuse numbers outside their range.
+
+    Raises:
+        InputError: margin, draws or seed.
+    """
+    if not 0 < spec.margin < 1:
+        raise InputError(
+            f"margin got {spec.margin}, expected a number between 0 and 1 such as 0.1; choose one"
+        )
+    if spec.draws < 99:
+        raise InputError(
+            f"draws got {spec.draws}, expected at least 99, better 999: p values resolve no finer; raise it"
+        )
+    if spec.seed < 0:
+        raise InputError(f"seed got {spec.seed}, expected 0 or more; choose another")
+
+
+def default_out(spec: StudySpec) -> str:
+    """`runs/<last part of base>-vs-<last part of aligned>`."""
+
+    def last(name: str) -> str:
+        return Path(name.rstrip("/")).name.replace("@", "-")
+
+    return f"runs/{last(spec.base)}-vs-{last(spec.adapter or spec.aligned or spec.base)}"
+
+
+def describe_plan(design: Design) -> dict[str, Any]:
+    """What a run will take: texts, tokens, bytes, and seconds from one measured batch. Plain data."""
+    prompts = [p for both in design.prompts.values() for side in both for p in side]
+    one_side = [p for both in design.prompts.values() for p in both[0]]
+    n_rows = len(design.components) * len(design.layers)
+    plan = plan_extraction(prompts, n_rows, design.pair.base.d_model)
+    sites = [Site(layer) for layer in design.layers]
+    rate = seconds_per_token(design.pair.base, one_side, sites)
+    parameters = design.pair.base.n_parameters + design.pair.aligned.n_parameters
+    width = {"float32": 4, "float64": 8}.get(design.pair.base.dtype, 2)
+    return {
+        "base": design.pair.base.name,
+        "aligned": design.pair.aligned.name,
+        "concepts": {c.name: {"role": c.role, "n_scenarios": c.stimuli.n_scenarios} for c in design.concepts},
+        "templates": list(design.templates),
+        "sites": list(design.components),
+        "layers": list(design.layers),
+        "prompts": len(prompts),
+        "tokens": plan.n_tokens,
+        "batches": len(plan.batches),
+        "activation_bytes": plan.size,
+        "model_bytes": parameters * width,
+        "seconds": round(rate * plan.n_padded, 1),
+        "flags": list(design.flags),
+    }
