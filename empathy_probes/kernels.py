@@ -21,7 +21,7 @@ STRONG = 4.0
 # Weight of Hoeffding's second-order term where two models are compared. 1 is unbiased, but the estimate falls
 # together with the signal: where much was lost, intervals with it cover as little as .909, and at 2.9 standard
 # errors, where simultaneous bands live, .975 for a nominal .995. With 1.5 these are .936 and .986
-# (docs/simulations); the price is an interval 2-8 % wider where nothing was lost.
+# (docs/simulations). The price is width where nothing was lost: 1-6 %, up to 18 % with little data in much noise.
 SECOND_ORDER = 1.5
 
 

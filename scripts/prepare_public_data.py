@@ -6,6 +6,8 @@ Every text is cleaned, used at most once per file, and grouped with texts of the
 (equal word counts where the data allow, never more than `MAX_DIFFERENCE` words apart). Texts of a scenario
 share nothing but their length: a weaker contrast than written minimal pairs, and good for trying things on.
 
+They are read as the mean over the text; `--read last` reads the last token.
+
 Targets
     goemotions_valence   Reddit comments: all labels positive (1) or all negative (0), grouping below
     sst2_valence         film review sentences: positive (1), negative (0)
@@ -136,11 +138,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/public-stimuli"), help="folder to write to")
     parser.add_argument("--scenarios", type=_at_least(1), default=200, help="scenarios wanted per file")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="which texts are drawn")
+    parser.add_argument(
+        "--read", choices=("mean", "last"), default="mean", help="mean over the whole text, or its last token"
+    )
     options = parser.parse_args(argv)
     try:
         origins = read_origins(options.data)
         sets = build_sets(options.data, options.scenarios, options.seed)
-        contents = {f"{built.name}.jsonl": stimuli_lines(built) for built in sets}
+        contents = {f"{built.name}.jsonl": stimuli_lines(built, options.read) for built in sets}
         contents["SOURCES.txt"] = describe_sources(sets, origins, options.seed)
         write_all(options.out, contents)
     except DataError as error:
@@ -439,13 +444,17 @@ def bad_data(path: Path, line: int, got: str, expected: str) -> DataError:
     return DataError(f"{path}, line {line}: got {got}, expected {expected}; fetch the file again")
 
 
-def stimuli_lines(built: PublicSet) -> str:
-    """The set in the stimuli format, one JSON object per line."""
+def stimuli_lines(built: PublicSet, read: str = "last") -> str:
+    """The set in the stimuli format, one JSON object per line.
+
+    Unlike minimal pairs these texts end anyhow, often in a full stop, so `mean` reads the span of the whole text.
+    """
     lines = []
     for number, texts in enumerate(built.scenarios):
         scenario = f"{built.name}-{number:04d}"
         for label, text in texts.items():
             row = {"id": f"{scenario}-{label}", "scenario": scenario, "text": text, "label": label}
+            row |= {"read": {"span": text}} if read == "mean" else {}
             lines.append(json.dumps({**row, "frame": built.frame}, ensure_ascii=False) + "\n")
     return "".join(lines)
 

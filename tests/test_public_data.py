@@ -91,7 +91,8 @@ def check_file(path: Path) -> int:
     """The laws of one file; the number of its scenarios."""
     (stimuli,) = load_stimuli(path)
     rows = rows_of(path)
-    assert all(list(row) == ["id", "scenario", "text", "label", "frame"] for row in rows)
+    assert all(list(row) == ["id", "scenario", "text", "label", "read", "frame"] for row in rows)
+    assert all(row["read"] == {"span": row["text"]} for row in rows)
     texts = [row["text"].casefold() for row in rows]
     assert len(set(texts)) == len(texts)
     assert all(" ".join(row["text"].split()) == row["text"] for row in rows)
@@ -289,3 +290,9 @@ def test_the_public_data_give_five_targets_and_eight_disjoint_controls(tmp_path:
     assert min(counts.values()) >= 100  # six situations of one length are rarer than two
     texts = [row["text"] for name in CONTROLS for row in rows_of(tmp_path / "out" / f"{name}.jsonl")]
     assert len(set(texts)) == len(texts)
+
+
+def test_texts_are_read_at_their_last_token_where_that_is_asked_for(data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path / "out", "--read", "last") == 0
+    for path in (tmp_path / "out").glob("*.jsonl"):
+        assert load_stimuli(path)[0].read_kind == "last"
