@@ -228,7 +228,13 @@ def stimuli_rows(concept: str, n_scenarios: int, seed: int = 0) -> list[dict[str
 
 
 def readout(concept: str) -> dict[str, list[list[str]]]:
-    """Return the answer sets (value 1, value 0) in which a reply's first word shows a binary concept."""
+    """Return the answer sets (value 1, value 0) in which a reply's first word shows a binary concept.
+
+    Raises:
+        InputError: the grammar has no such binary concept.
+    """
+    if concept not in CONCEPTS:
+        raise InputError(f"no readout for concept {concept!r}; expected one of {', '.join(CONCEPTS)}")
     low, high = VALENCE_REPLY if concept == "valence" else REPLY[concept][0]
     return {"answers": [[f" {word}" for word in high], [f" {word}" for word in low]]}
 

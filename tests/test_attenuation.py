@@ -264,6 +264,19 @@ def test_findings_of_different_stimuli_are_not_compared(tmp_path: Path) -> None:
         check_same_stimuli(one, other)
 
 
+def test_where_the_base_carries_nothing_nothing_is_said(tmp_path: Path) -> None:
+    lines = rows(40)
+    flip = np.random.default_rng(3).permutation(np.repeat([0, 1], 20))
+    shuffled = [{**line, "label": line["label"] ^ int(flip[i // 2])} for i, line in enumerate(lines)]
+    blind = Concept("blind", "target", "", "", "user", "", stimuli_from_rows(shuffled, "blind"))
+    finding = measure(pair_of(tiny_llama(0), tiny_llama(1)), tmp_path, blind)
+    (headline,) = headlines(finding)
+    blocks = strength(finding)[strength(finding).layer >= 0]
+    assert blocks["flags"].str.contains("base_not_detected").all() and blocks.attenuation.isna().all()
+    assert headline.decision == "" and headline.layer is None and headline.size is None
+    assert "Nothing can be said" in headline.sentence
+
+
 def test_the_ledger_says_what_is_missing_instead_of_guessing(tmp_path: Path) -> None:
     frame = ledger_frame(measure(pair_of(tiny_llama(0), tiny_llama(1)), tmp_path))
     row = frame.iloc[0]

@@ -107,6 +107,8 @@ def test_every_word_of_every_text_is_in_the_vocabulary():
 def test_an_unknown_concept_is_refused_by_name():
     with pytest.raises(InputError, match="'warmth'"):
         grammar.stimuli_rows("warmth", 3)
+    with pytest.raises(InputError, match="'warmth'"):
+        grammar.readout("warmth")
 
 
 def test_the_shipped_tokenizer_knows_every_word_adds_one_bos_and_decodes_to_the_text():

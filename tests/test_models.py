@@ -21,6 +21,7 @@ from empathy_probes.interventions import (
 )
 from empathy_probes.models import Model, load_model
 from empathy_probes.pairs import load_pair, make_pair
+from empathy_probes.prompts import render_texts
 from empathy_probes.sites import COMPONENTS, Site
 
 TEXTS = ["the old man saw a red bird .", "a dog .", "there was rain and then the sun was very large ."]
@@ -181,19 +182,14 @@ def test_the_self_check_refuses_a_model_whose_suffix_differs(monkeypatch: pytest
 
 @pytest.mark.parametrize("left", [False, True])
 def test_padding_side_and_company_change_no_activation(model: Model, left: bool) -> None:
-    token_rows = [list(ids[: int(m.sum())]) for ids, m in zip(*vars_of(model), strict=True)]
+    token_rows = [prompt.ids for prompt in render_texts(model.tokenizer, TEXTS)]
+    assert len({len(row) for row in token_rows}) == len(token_rows)
     batch = pad_tokens(token_rows, left=left)
-    together = model.run(batch, read=[Site(3)], pool=Pool.of([[len(r) - 1] for r in token_rows], batch)).acts[
-        Site(3)
-    ]
+    pool = Pool.of([[len(row) - 1] for row in token_rows], batch)
+    together = model.run(batch, read=[Site(3)], pool=pool).acts[Site(3)]
     for row, pooled in zip(token_rows, together, strict=True):
         alone = model.run(pad_tokens([row]), read=[Site(3)]).acts[Site(3)][0, -1]
         torch.testing.assert_close(pooled, alone, **CLOSE)
-
-
-def vars_of(model: Model) -> tuple[list[list[int]], torch.Tensor]:
-    batch = model.tokenize(TEXTS)
-    return batch.ids.tolist(), batch.mask
 
 
 def test_pooling_inside_the_read_equals_pooling_outside(model: Model) -> None:

@@ -64,15 +64,12 @@ def test_a_message_is_read_at_the_last_token_of_its_content(style: Any, message:
     assert decoded(tokenizer, one) == word
 
 
-def test_a_span_is_found_in_its_own_turn_and_not_in_the_template() -> None:
-    tokenizer = word_tokenizer(
-        CHAT.replace("' <model> '", "' <model> red '").replace(" <model>{%", " <model> red{%")
-    )
-    turns = [{"role": "user", "content": "the man"}, {"role": "assistant", "content": "a COLOUR dog"}]
-    one, _ = render(tokenizer, make({"span": "COLOUR"}, messages=turns), "chat", "user")
-    assert decoded(tokenizer, one) == "red" and one.ids[one.read[0] - 1] == tokenizer.convert_tokens_to_ids(
-        "a"
-    )
+def test_a_turn_is_found_where_it_stands_and_not_where_the_template_says_the_same() -> None:
+    tokenizer = word_tokenizer(CHAT.replace("' <model> '", "' <model> red blue '"))
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "COLOUR"}]
+    for one in render(tokenizer, make({"message": 1}, messages=turns), "chat", "user"):
+        # <bos> <user> red <end> <model> red blue COLOUR <end>
+        assert one.read == (7,)
 
 
 def test_a_chat_prompt_ends_with_the_generation_prompt_unless_the_assistant_spoke_last() -> None:
