@@ -494,7 +494,7 @@ def test_print_and_screen_show_the_same_numbers() -> None:
     shown = {
         t.name: [np.nan if v is None else v for v in t.y] for t in live.data if t.mode == "lines+markers"
     }
-    assert {"base", "aligned", "specific (simultaneous)", "planted truth"} <= set(shown)
+    assert {"base", "aligned", "specific (band)", "planted truth"} <= set(shown)
     for name in shown:
         np.testing.assert_array_equal(shown[name], np.asarray(drawn[name], float))
 
@@ -509,7 +509,7 @@ def test_with_few_controls_the_band_belongs_to_attenuation_and_specific_keeps_it
     assert not plots.about_specific(rows).any()
     live = plots.attenuation_plotly(frame, None, "valence", template="raw", site="resid_post")
     bands = {t.name: t.y for t in live.data if t.fill == "toself"}
-    assert bands["attenuation (simultaneous)"][0] == rows["band_upper"].iloc[0]
+    assert bands["attenuation (band)"][0] == rows["band_upper"].iloc[0]
     assert set(bands["specific (pointwise)"]) == {-0.9, 0.4, None}
     heat = plots.overview_plotly(frame, template="raw", site="resid_post").data[1]
     assert list(heat.z[1]) == list(rows["attenuation"])
