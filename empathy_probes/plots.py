@@ -172,9 +172,7 @@ def _quantity(rows: pd.DataFrame, column: str, headline: Bool[np.ndarray, " row"
     # The embedding is decided everywhere it is equal in both models: it must not name the whole curve.
     shown = (np.isfinite(line.y) | np.isfinite(ends)) & (_column(rows, "layer") >= 0)
     kind = "pointwise" if not headline[shown].any() else "band"
-    mixed = (
-        ", pointwise where controls are few" if kind == "band" and not headline[shown].all() else ""
-    )
+    mixed = ", pointwise where controls are few" if kind == "band" and not headline[shown].all() else ""
     lower = np.where(headline, _column(rows, "band_lower"), _column(rows, f"{column}_lower"))
     upper = np.where(headline, _column(rows, "band_upper"), _column(rows, f"{column}_upper"))
     # Beside a headline `specific` the plain attenuation is a second look: its few simultaneous layers need no word.
