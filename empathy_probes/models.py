@@ -15,6 +15,7 @@ import contextlib
 import copy as copying
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -406,11 +407,15 @@ def load_model(
     if dtype is not None:
         hf_model = hf_model.to(DTYPES[dtype])
     hf_model.eval()
+    place = device or _best_device()
+    if place == "cpu" and next(hf_model.parameters()).dtype == torch.float16:
+        logger.warning(
+            "'%s' is float16, which a CPU runs slowly: --dtype float32 is several times faster here", label
+        )
     weights = _weights_digest(hf_model)
     config = {key: value for key, value in hf_model.config.to_dict().items() if key not in _IDLE_CONFIG}
-    bridge = _boot(hf_model, tokenizer, device or _best_device(), label)
-    model = Model(label, bridge, tokenizer, revision, weights, json.loads(json.dumps(config, default=str)))
-    return model
+    bridge = _boot(hf_model, tokenizer, place, label)
+    return Model(label, bridge, tokenizer, revision, weights, json.loads(json.dumps(config, default=str)))
 
 
 def _best_device() -> str:
