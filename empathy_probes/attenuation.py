@@ -118,6 +118,9 @@ class Measurement:
     rms: Float[np.ndarray, "model=2 layer"]
     """Root mean square norm of each model's pooled activations: the unit of strength."""
 
+    same_model: bool = False
+    """Both models have equal weights."""
+
     @property
     def key(self) -> str:
         """Names the measurement, also in saved files."""
@@ -127,7 +130,9 @@ class Measurement:
     def contrast(self) -> Contrast:
         """Strength in both models and what became of it."""
         keys = [f"{self.concept}\x1f{unit}" for unit in self.units]
-        return compare(self.concept, keys, self.kernels.astype(np.float64), self.layers)
+        return compare(
+            self.concept, keys, self.kernels.astype(np.float64), self.layers, same_model=self.same_model
+        )
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,8 @@ class Finding:
             judgement = self.judgements(m.template, m.site)[m.concept]
             rows += _strength_rows(m, judgement, self.n_layers, self.flags)
             rows += _auroc_rows(m, self.n_layers, self.flags)
+            if m.site == self.sites[-1]:
+                rows.append(_lexical_row(m, self.n_layers))
         rows += self._template_rows()
         frame = pd.DataFrame(rows, columns=COLUMNS)
         frame["layer"] = frame["layer"].astype("Int64")
@@ -336,7 +343,11 @@ def measure(design: Design, settings: Settings, store: Store) -> Finding:
         for component in design.components:
             for concept in design.concepts:
                 both = [acts[concept.name, template, side][component] for side in (0, 1)]
-                measurements.append(_measure(concept, template, both, texts[concept.name], settings.seed))
+                measurements.append(
+                    _measure(
+                        concept, template, both, texts[concept.name], settings.seed, design.pair.identical
+                    )
+                )
     return Finding(
         tuple(measurements), design.pair.base.n_layers, settings, design.flags, describe_design(design)
     )
@@ -347,7 +358,12 @@ def _labels(stimuli: StimulusSet) -> Int[np.ndarray, " item"]:
 
 
 def _measure(
-    concept: Concept, template: str, acts: Sequence[Activations], text_scores: np.ndarray, seed: int
+    concept: Concept,
+    template: str,
+    acts: Sequence[Activations],
+    text_scores: np.ndarray,
+    seed: int,
+    same_model: bool,
 ) -> Measurement:
     stimuli = concept.stimuli
     labels, units = _labels(stimuli), [item.unit for item in stimuli.items]
@@ -372,6 +388,7 @@ def _measure(
         text_scores=text_scores,
         directions=np.stack([d.mean(0) for d in differences]) * rms[..., None],
         rms=rms,
+        same_model=same_model,
     )
 
 
@@ -469,9 +486,13 @@ def _auroc_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dic
             own.append("base_not_detected" if base.lower[i] <= 0.5 else "ceiling")
         own += [] if beaten[i] else ["below_lexical_floor"]
         rows.append(row | {"decision": "", "flags": ";".join([*own, *flags])})
+    return rows
+
+
+def _lexical_row(m: Measurement, n_layers: int) -> dict[str, Any]:
     floor = auroc_interval(m.text_scores[None], m.labels, m.item_units)
     row = _place(m, None, n_layers, "auroc") | _cells("base", floor, 0) | _cells("aligned", floor, 0)
-    return [*rows, row | {"decision": "", "flags": "lexical_floor"}]
+    return row | {"decision": "", "flags": "lexical_floor"}
 
 
 def _did_rows(m: Measurement, shift: TemplateShift, n_layers: int) -> list[dict[str, Any]]:

@@ -29,6 +29,9 @@ DEMO_SCENARIOS = 100
 class _Parser(argparse.ArgumentParser):
     """argparse without the usage block: an error is one sentence."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; run '{self.prog} --help' for what is expected")
 
@@ -70,32 +73,44 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"empathy-probes {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no warnings")
+    # The same after the command, where they say nothing unless they are given.
+    anywhere = _Parser(add_help=False)
+    anywhere.add_argument(
+        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    anywhere.add_argument(
+        "-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
 
-    demo = commands.add_parser("demo", help="a study of a shipped pair with a planted difference, offline")
+    demo = commands.add_parser(
+        "demo", parents=[anywhere], help="a study of a shipped pair with a planted difference, offline"
+    )
     demo.add_argument("--out", default="runs/demo", help="output folder (default %(default)s)")
     demo.add_argument("--store", help="activation store: a folder or any fsspec URL")
     demo.add_argument("--json", action="store_true", help="print the headlines as JSON")
     demo.set_defaults(command=_demo)
 
-    _add_compare(commands)
+    _add_compare(commands, anywhere)
 
-    run = commands.add_parser("run", help="a full study from a TOML file")
+    run = commands.add_parser("run", parents=[anywhere], help="a full study from a TOML file")
     run.add_argument("study", metavar="STUDY.toml")
     run.add_argument("--out", help="output folder; wins over the file's")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     run.add_argument("--json", action="store_true", help="print the headlines (or the plan) as JSON")
     run.set_defaults(command=_run)
 
-    report = commands.add_parser("report", help="rebuild report.html of a saved study")
+    report = commands.add_parser("report", parents=[anywhere], help="rebuild report.html of a saved study")
     report.add_argument("folder", metavar="DIR")
     report.set_defaults(command=_report)
 
-    concepts = commands.add_parser("concepts", help="list the shipped concepts")
+    concepts = commands.add_parser("concepts", parents=[anywhere], help="list the shipped concepts")
     concepts.add_argument("--json", action="store_true", help="print rows as JSON")
     concepts.set_defaults(command=_concepts)
 
-    store = commands.add_parser("store", help="size of the activation store, or emptying it")
+    store = commands.add_parser(
+        "store", parents=[anywhere], help="size of the activation store, or emptying it"
+    )
     store.add_argument("action", nargs="?", choices=("info", "clear"), default="info")
     store.add_argument("--store", help="activation store: a folder or any fsspec URL")
     store.add_argument("--json", action="store_true", help="print as JSON")
@@ -103,9 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_compare(commands: Any) -> None:
+def _add_compare(commands: Any, anywhere: _Parser) -> None:
     compare = commands.add_parser(
         "compare",
+        parents=[anywhere],
         help="attenuation between a base and an aligned checkpoint",
         description="Hub ids, ID@REVISION, or folders.",
     )
@@ -139,8 +155,13 @@ def _add_compare(commands: Any) -> None:
     compare.set_defaults(command=_compare)
 
 
-def _split(values: Sequence[str]) -> tuple[str, ...]:
-    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
+def _split(values: Sequence[str], option: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for value in values for part in value.split(","))
+    if "" in parts:
+        raise InputError(
+            f"{option} got an empty name, expected names separated by commas; name one or leave the option out"
+        )
+    return parts
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -161,11 +182,17 @@ def _demo(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from empathy_probes.specs import StudySpec
 
-    controls = _split(args.controls)
+    controls = _split(args.controls, "--controls")
+    if "none" in controls and len(controls) > 1:
+        raise InputError("--controls got none beside names, expected either; drop one of them")
+    if args.aligned is None and args.adapter is None:
+        raise InputError(
+            "compare got one model, expected BASE and ALIGNED, or --adapter with BASE; name the other"
+        )
     spec = StudySpec(
-        base=args.base, aligned=args.aligned, adapter=args.adapter, concepts=_split(args.concepts),
+        base=args.base, aligned=args.aligned, adapter=args.adapter, concepts=_split(args.concepts, "--concepts"),
         stimuli=tuple(args.stimuli), controls=() if controls == ("none",) else controls or None,
-        template=args.template, sites=_split(args.sites) or ("resid_post",), layers=args.layers, margin=args.margin,
+        template=args.template, sites=_split(args.sites, "--sites") or ("resid_post",), layers=args.layers, margin=args.margin,
         draws=args.draws, seed=args.seed, dtype=args.dtype, device=args.device, allow_identical=args.allow_identical,
         trust_remote_code=args.trust_remote_code, store=args.store, out=args.out,
     )  # fmt: skip

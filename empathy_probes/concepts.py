@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import dataclass, field, replace
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +90,7 @@ def load_concept_file(path: str | Path, role: Literal["target", "control"] = "ta
     """
     path = Path(path)
     described = path.with_suffix(".toml")
-    if described.is_file():
+    if described.is_file() and "base" not in _parse_toml(described):  # a study file may share the stem
         return (replace(_described(described, path), role=role),)
     return tuple(
         Concept(stimuli.concept, role, "", "", "user", f"stimuli of {path.name}", stimuli)
@@ -103,13 +104,17 @@ def load_neutral() -> tuple[str, ...]:
     return tuple(json.loads(line)["text"] for line in path.read_text(encoding="utf8").splitlines() if line)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _parse_toml(path: Path) -> dict[str, Any]:
     try:
-        entry = tomllib.loads(path.read_text(encoding="utf8"))
+        return tomllib.loads(path.read_text(encoding="utf8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} is not TOML ({error}): expected a concept description; repair the file"
         ) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    entry = _parse_toml(path)
     missing = [key for key in REQUIRED if key not in entry]
     unknown = [key for key in entry if key not in REQUIRED + OPTIONAL]
     if missing or unknown:
@@ -117,6 +122,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
             f"{path}: missing keys [{', '.join(missing)}], unknown keys [{', '.join(unknown)}], expected "
             f"{', '.join(REQUIRED)} and optionally {', '.join(OPTIONAL)}; complete the description"
         )
+    types = {"read": (str, dict), "labels": (dict,), "version": (int, str), "date": (str, date)}
+    for key, value in entry.items():
+        if not isinstance(value, types.get(key, (str,))) or value == {}:
+            raise InputError(
+                f"{path}, key '{key}': got {value!r}, expected {'a table' if key == 'labels' else 'a string'}; correct it"
+            )
     choices = {"role": ("target", "control"), "speaker": SPEAKERS}
     if entry["role"] == "target":
         choices |= {"mechanism": ("", *MECHANISMS), "dimension": ("", *DIMENSIONS)}

@@ -100,6 +100,8 @@ def compare(
     keys: Sequence[str],
     kernels: Float[np.ndarray, "model=2 layer n n"],
     layers: Sequence[int],
+    *,
+    same_model: bool = False,
 ) -> Contrast:
     """Compare a concept's Gram matrices in the base (first) and the aligned model at every layer.
 
@@ -108,13 +110,14 @@ def compare(
         keys: one per scenario, all different.
         kernels: D D^T over scenarios, in units of each model's own rms.
         layers: block index of each layer, -1 for the input of block 0.
+        same_model: both kernels come from equal weights, so that nothing differs even where there is no contrast.
 
     Raises:
         InputError: fewer than 30 scenarios, repeated keys, wrong shapes, non-finite numbers.
     """
     kernels = np.asarray(kernels, dtype=float)
     _check(name, keys, kernels, layers)
-    pair = pair_kernels(kernels[0], kernels[1])
+    pair = pair_kernels(kernels[0], kernels[1], same_model=same_model)
     t = float(critical_t(pair.n - 1))
     detected = pair.u[0] > t * pair.se[0]
     # The base counts too: a ratio over a weak base is as skewed as one of a weak aligned signal.

@@ -56,6 +56,9 @@ def design_study(
     everything = (*concepts, *controls)
     for concept in everything:
         _check_concept(concept, everything)
+    if not sites or not concepts:
+        what = "concepts" if sites else "sites"
+        raise InputError(f"{what} got an empty list, expected at least one; name one or leave the option out")
     for site in sites:
         if site not in COMPONENTS:
             raise InputError(
@@ -152,6 +155,7 @@ def describe_design(design: Design) -> dict[str, Any]:
         },
         "design": {
             "template": list(design.templates), "sites": list(design.components), "layers": list(design.layers),
+            "flags": list(design.flags),
         },
     }  # fmt: skip
 

@@ -3,7 +3,7 @@
 Prompts are sorted by length and cut into batches of at most `TOKEN_BUDGET` padded tokens. Each batch is one
 forward pass under `inference_mode` that stops after the last layer needed and pools inside the read, so
 memory is n × layers × d_model and never tokens × …. Finished batches go to the store as parts; an
-interrupted extraction reads them and goes on, and ends with the same bytes because batches never change.
+interrupted extraction reads them and goes on, and ends with the same bytes, because the same prompts make the same batches (unless memory ran out and one was halved).
 """
 
 from __future__ import annotations
@@ -135,39 +135,46 @@ def extract(
         NonFiniteError: NaN or infinity, naming model, site and item.
         InputError: one prompt alone does not fit into memory.
     """
-    found: dict[str, Activations] = {}
-    for component in components:
-        chosen = [layer for layer in layers if layer >= 0 or component == "resid_post"]
-        key = request_key(model, prompts, component, chosen)
-        entry = store.read(key)
-        acts = (
-            entry["acts"]
-            if entry is not None
-            else _compute(model, prompts, component, chosen, store, key, budget, label)
-        )
-        found[component] = Activations(acts, tuple(chosen), component, model.name, model.centres)
-    return found
+    wanted = {
+        component: tuple(layer for layer in layers if layer >= 0 or component == "resid_post")
+        for component in components
+    }
+    keys = {component: request_key(model, prompts, component, chosen) for component, chosen in wanted.items()}
+    stored = {component: store.read(key) for component, key in keys.items()}
+    pooled = {component: entry["acts"] for component, entry in stored.items() if entry is not None}
+    missing = [component for component in components if component not in pooled]
+    sites = [Site(layer, component) for component in missing for layer in wanted[component]]
+    if sites:
+        work = digest_of([keys[component] for component in missing])
+        acts = _compute(model, prompts, sites, store, work, budget, label)
+        for component in missing:
+            rows = [i for i, site in enumerate(sites) if site.component == component]
+            pooled[component] = np.ascontiguousarray(acts[:, rows])
+            store.write(keys[component], {"acts": pooled[component]})
+        store.drop_parts(work)
+    return {
+        component: Activations(pooled[component], wanted[component], component, model.name, model.centres)
+        for component in components
+    }
 
 
 def _compute(
     model: Model,
     prompts: Sequence[RenderedPrompt],
-    component: str,
-    layers: Sequence[int],
+    sites: Sequence[Site],
     store: Store,
-    key: str,
+    work: str,
     budget: int,
     label: str,
 ) -> np.ndarray:
-    plan = plan_extraction(prompts, len(layers), model.d_model, budget)
-    sites = [Site(layer, component) for layer in layers]
-    acts = np.zeros((len(prompts), len(layers), model.d_model), np.float32)
+    """`[n site d_model]` in one pass over the prompts; parts of it are kept under the key `work`."""
+    plan = plan_extraction(prompts, len(sites), model.d_model, budget)
+    acts = np.zeros((len(prompts), len(sites), model.d_model), np.float32)
     done = np.zeros(len(prompts), bool)
-    parts = store.read_parts(key)
-    for part in parts:
+    for part in store.read_parts(work):
         acts[part["rows"]], done[part["rows"]] = part["acts"], True
     pending: list[int] = []
-    saved_at, n_parts = time.monotonic(), len(parts)
+    saved_at, number = time.monotonic(), store.next_part(work)
     with tqdm(total=plan.n_tokens, unit="tok", desc=label, leave=False, disable=None) as bar:
         bar.update(sum(len(prompt.ids) for prompt, ready in zip(prompts, done, strict=True) if ready))
         for batch in plan.batches:
@@ -177,9 +184,8 @@ def _compute(
             pending += batch
             bar.update(sum(len(prompts[i].ids) for i in batch))
             if time.monotonic() - saved_at > PART_SECONDS:
-                store.write_part(key, n_parts, {"rows": np.array(pending), "acts": acts[pending]})
-                pending, saved_at, n_parts = [], time.monotonic(), n_parts + 1
-    store.write(key, {"acts": acts})
+                store.write_part(work, number, {"rows": np.array(pending), "acts": acts[pending]})
+                pending, saved_at, number = [], time.monotonic(), number + 1
     return acts
 
 
@@ -209,9 +215,10 @@ def _run_batch(model: Model, prompts: Sequence[RenderedPrompt], sites: Sequence[
     bad = np.argwhere(~np.isfinite(pooled).all(-1))
     if len(bad):
         item, layer = bad[0]
+        remedy = "check the checkpoint" if model.dtype == "float32" else "load the model with --dtype float32"
         raise NonFiniteError(
             f"'{model.name}' gave NaN or infinity at {sites[layer]} for item '{prompts[item].item}', expected finite "
-            f"activations; load the model in another dtype than {model.dtype} (--dtype float32)"
+            f"activations; {remedy}"
         )
     return pooled
 

@@ -105,16 +105,21 @@ class KernelPair:
         return np.sqrt(_variance(self.zeta1[[0, 1], [0, 1]], self.zeta2[[0, 1], [0, 1]], self.n))
 
 
-def pair_kernels(base: Float[np.ndarray, "... n n"], aligned: Float[np.ndarray, "... n n"]) -> KernelPair:
-    """Reduce two stacks of Gram matrices over the same scenarios to what their comparison needs."""
+def pair_kernels(
+    base: Float[np.ndarray, "... n n"], aligned: Float[np.ndarray, "... n n"], *, same_model: bool = False
+) -> KernelPair:
+    """Reduce two stacks of Gram matrices over the same scenarios to what their comparison needs.
+
+    `same_model` says that both come from equal weights: then even layers without any contrast are identical.
+    """
     if base.shape != aligned.shape:
         raise InputError(
             f"the kernels have shapes {base.shape} and {aligned.shape}, expected equal ones: "
             "compute both models on the same scenarios and layers"
         )
     u, influence, zeta1, zeta2 = _hoeffding(np.stack([base, aligned]))
-    # An empty or constant layer (last token shared by all texts) is "identical" too: nothing differs there.
-    identical = (base == aligned).all(axis=(-2, -1))
+    # Two empty layers (a last token that all texts share) say nothing about two different models.
+    identical = (base == aligned).all(axis=(-2, -1)) & (same_model | (base != 0).any(axis=(-2, -1)))
     return KernelPair(u, 2 * influence, zeta1, zeta2, identical, int(base.shape[-1]))
 
 

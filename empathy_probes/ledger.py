@@ -203,7 +203,9 @@ def percent(value: float | None) -> str:
 
 def _sentence(h: Headline, settings: Settings) -> str:
     against = (
-        f"relative to {h.n_controls} controls" if h.quantity == "specific" else "without regard to controls"
+        f"relative to {h.n_controls} controls"
+        if h.quantity == "specific"
+        else "(no controls to compare with)"
     )
     band = f"simultaneous 95 % band {percent(h.size_lower)} to {percent(h.size_upper)}, n = {h.n_scenarios} scenarios"
     size = percent(h.size) if h.size is not None else f"at least {percent(h.size_lower)}"

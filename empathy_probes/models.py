@@ -6,7 +6,7 @@ basis. `Model.run` reads and writes activations at sites, stops after the last l
 verb as it entered, also after an exception.
 
 Replay captures the arguments each block was called with (masks and rotary tables differ per layer) and
-calls the remaining blocks with them; at load, one batch checks that replay equals the plain forward pass.
+calls the remaining blocks with them; at load, one batch checks that replay equals the plain forward pass (`Model.replay_refusal`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
 from empathy_probes.batches import Pool, TokenBatch, pad_tokens
@@ -33,12 +34,24 @@ from empathy_probes.interventions import Edit
 from empathy_probes.prompts import render_texts
 from empathy_probes.sites import Site
 
+logger = logging.getLogger(__name__)
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
+# What transformers, peft and safetensors raise on a checkpoint that is not whole or does not fit its config.
+_UNLOADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+)
 # Config entries that name or describe a checkpoint without changing what it computes.
 _IDLE_CONFIG = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
@@ -117,7 +130,10 @@ class Model:
     @property
     def centres(self) -> bool:
         """Whether the normalisation before each read subtracts the mean over d_model (LayerNorm)."""
-        return not str(self.bridge.cfg.normalization_type or "").upper().startswith("RMS")
+        # Asked of the module that runs: the bridge's own configuration says "LN" for several RMSNorm families.
+        norm = self.bridge.blocks[0].ln1
+        inner = getattr(norm, "original_component", norm)
+        return "rms" not in type(inner).__name__.lower()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -146,19 +162,22 @@ class Model:
         rows = [[(7 * i + 3) % self.d_vocab for i in range(length)] for length in (6, 4)]
         batch = pad_tokens(rows, self.device)
         state = Site(self.n_layers // 2)
-        with torch.inference_mode():
-            whole = self.run(batch, read=[state], capture=True)
-            again = self.replay(whole, whole.acts[state], after=state.layer)
+        try:
+            with torch.inference_mode():
+                whole = self.run(batch, read=[state], capture=True)
+                again = self.replay(whole, whole.acts[state], after=state.layer)
+        except (RuntimeError, TypeError, AttributeError, LookupError, EmpathyProbesError) as error:
+            return f"continuing from block {state.layer} fails ({type(error).__name__}: {error})"
         assert whole.logits is not None and again.logits is not None
         real = batch.mask.bool()
-        error = (whole.logits[real].float() - again.logits[real].float()).abs().max().item()
+        miss = (whole.logits[real].float() - again.logits[real].float()).abs().max().item()
         scale = whole.logits[real].float().std().item()
         tolerance = {torch.float32: 1e-4, torch.float64: 1e-6}.get(whole.logits.dtype, 3e-2) * max(
             scale, 1e-6
         )
-        if error <= tolerance:
+        if miss <= tolerance:
             return None
-        return f"continuing from block {state.layer} misses the plain forward pass by {error:.2g} logits"
+        return f"continuing from block {state.layer} misses the plain forward pass by {miss:.2g} logits"
 
     def tokenize(self, texts: Sequence[str]) -> TokenBatch:
         """Token ids of plain texts, right-padded, with the special tokens the tokenizer itself adds."""
@@ -392,6 +411,7 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"unknown dtype '{dtype}': expected one of {', '.join(DTYPES)}; choose one of these")
+    place = _checked_device(device)
     if isinstance(source, tuple):
         hf_model, tokenizer = source
         label = name or type(hf_model).__name__
@@ -407,7 +427,6 @@ def load_model(
     if dtype is not None:
         hf_model = hf_model.to(DTYPES[dtype])
     hf_model.eval()
-    place = device or _best_device()
     if place == "cpu" and next(hf_model.parameters()).dtype == torch.float16:
         logger.warning(
             "'%s' is float16, which a CPU runs slowly: --dtype float32 is several times faster here", label
@@ -415,7 +434,24 @@ def load_model(
     weights = _weights_digest(hf_model)
     config = {key: value for key, value in hf_model.config.to_dict().items() if key not in _IDLE_CONFIG}
     bridge = _boot(hf_model, tokenizer, place, label)
-    return Model(label, bridge, tokenizer, revision, weights, json.loads(json.dumps(config, default=str)))
+    model = Model(label, bridge, tokenizer, revision, weights, json.loads(json.dumps(config, default=str)))
+    if model.replay_refusal:
+        logger.warning("'%s' can be read but not continued from a state: %s", label, model.replay_refusal)
+    return model
+
+
+def _checked_device(device: str | None) -> str:
+    """The device asked for, once a tensor could be put there; the best one where none was."""
+    if device is None:
+        return _best_device()
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"device '{device}' cannot be used ({reason}), expected cpu, cuda or mps where there is one; choose another"
+        ) from None
+    return device
 
 
 def _best_device() -> str:
@@ -441,15 +477,26 @@ def _from_pretrained(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        hf_model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype] if dtype else "auto", use_safetensors=True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype] if dtype else "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _UNLOADABLE as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"cannot load a model from '{path}' ({reason}): expected a folder or hub id of a causal language model "
             "with safetensors and a tokenizer; check the name, or download it first"
         ) from None
+    hf_model, report = loaded
+    if report["missing_keys"]:
+        # transformers would fill these with random numbers and go on.
+        raise InputError(
+            f"the checkpoint '{path}' lacks {len(report['missing_keys'])} tensors, for example "
+            f"{sorted(report['missing_keys'])[0]}, expected all of its model's; fetch the checkpoint again"
+        )
     return hf_model, tokenizer
 
 
@@ -466,7 +513,7 @@ def _with_adapter(hf_model: Any, adapter: str | Path) -> Any:
         )
     try:
         return PeftModel.from_pretrained(hf_model, str(adapter)).merge_and_unload()
-    except (ValueError, RuntimeError, KeyError) as error:
+    except _UNLOADABLE as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"the adapter '{adapter}' does not fit its base model ({reason}): expected an adapter made for this "

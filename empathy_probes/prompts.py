@@ -91,12 +91,18 @@ def render_texts(tokenizer: Any, texts: Sequence[str]) -> tuple[RenderedPrompt, 
 def _raw(item: Stimulus, stimuli: StimulusSet) -> tuple[str, tuple[int, int] | None]:
     if stimuli.read_kind == "span":
         start = item.text.index(str(item.read))
-        return item.text, (start, start + len(str(item.read)))
+        first, last = _trimmed(str(item.read))
+        return item.text, (start + first, start + last)
     if stimuli.read_kind == "message":
         chosen = int(item.read or 0)
         start = sum(len(message.content) + 1 for message in item.messages[:chosen])
         return item.text, (start, start + len(item.messages[chosen].content))
     return item.text, None
+
+
+def _trimmed(span: str) -> tuple[int, int]:
+    """Where a span begins and ends without its outer spaces, which belong to the neighbouring tokens."""
+    return len(span) - len(span.lstrip()), len(span.rstrip())
 
 
 def _chat(
@@ -120,14 +126,20 @@ def _chat(
     # The turn's place is where a placeholder lands, so a tag or an earlier turn with the same words cannot be hit.
     marked = [Message(m.role, _PLACEHOLDER) if i == chosen else m for i, m in enumerate(messages)]
     start = _apply(tokenizer, tuple(marked), item, stimuli).find(_PLACEHOLDER)
-    content = messages[chosen].content.strip()
-    if start < 0 or not text[start:].startswith(content):
+    whole = messages[chosen].content
+    if start >= 0 and text.startswith(whole, start):
+        origin = start
+    elif start >= 0 and text.startswith(whole.strip(), start):  # many templates strip a turn's outer spaces
+        origin = start - (len(whole) - len(whole.lstrip()))
+    else:
         raise InputError(
             f"concept '{stimuli.concept}', item '{item.id}': turn {chosen} cannot be located in the rendered chat "
             "template, expected its content unchanged; use --template raw for this tokenizer"
         )
-    offset = content.find(wanted.strip())
-    return text, (start + offset, start + offset + len(wanted.strip()))
+    # The span is unique as it was written, spaces included.
+    offset = origin + whole.index(wanted)
+    first, last = _trimmed(wanted)
+    return text, (offset + first, offset + last)
 
 
 def _apply(tokenizer: Any, messages: tuple[Message, ...], item: Stimulus, stimuli: StimulusSet) -> str:

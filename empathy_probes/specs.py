@@ -49,7 +49,8 @@ class StudySpec:
 def read_spec(path: str | Path) -> StudySpec:
     """Read a study file.
 
-    Relative paths in it are relative to its folder. Unknown keys are errors.
+    Relative paths of models and stimuli in it are relative to its folder where they are there; `out` and `store`
+    are relative to the working folder, as on the command line. Unknown keys are errors.
 
     Raises:
         InputError: the file is missing, is no TOML, or has an unknown key or a value of the wrong type.
@@ -59,8 +60,10 @@ def read_spec(path: str | Path) -> StudySpec:
         entries = tomllib.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise InputError(f"no study file at {path}: expected a TOML file; check the path") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, expected a TOML file; name the file in it") from None
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}), expected a TOML file; check the path"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML ({error}): expected a study file; repair it") from None
     known = {field.name: str(field.type) for field in fields(StudySpec)}
@@ -77,12 +80,18 @@ def read_spec(path: str | Path) -> StudySpec:
         return str(path.parent / name) if (path.parent / name).exists() else name
 
     for key in ("base", "aligned", "adapter"):
-        if key in entries:
+        if key in entries and not Path(entries[key]).exists():
             entries[key] = here(entries[key])
     for key in ("stimuli", "controls"):
         if key in entries:
-            entries[key] = tuple(here(name) for name in entries[key])
+            entries[key] = tuple(here(name) if _is_file(name) else name for name in entries[key])
+    if entries.get("controls") == ("none",):
+        entries["controls"] = ()
     return StudySpec(**entries)
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in {".jsonl", ".csv", ".parquet"}
 
 
 def _typed(path: Path, key: str, value: Any, annotation: str) -> Any:
@@ -127,7 +136,7 @@ def resolve_concepts(spec: StudySpec) -> tuple[tuple[Concept, ...], tuple[Concep
         return tuple(targets), tuple(concept for concept in shipped if concept.name not in names)
     controls: list[Concept] = []
     for name in spec.controls:
-        if Path(name).suffix in {".jsonl", ".csv", ".parquet"}:
+        if _is_file(name):
             controls += load_concept_file(name, "control")
         else:
             controls.append(replace(load_concept(name), role="control"))
@@ -175,6 +184,10 @@ def check_numbers(spec: StudySpec) -> None:
         raise InputError(
             f"draws got {spec.draws}, expected at least 99, better 999: p values resolve no finer; raise it"
         )
+    if spec.draws > 1_000_000:
+        raise InputError(
+            f"draws got {spec.draws}, expected at most 1000000, which resolve p to 0.000001; lower it"
+        )
     if spec.seed < 0:
         raise InputError(f"seed got {spec.seed}, expected 0 or more; choose another")
 
@@ -190,14 +203,18 @@ def default_out(spec: StudySpec) -> str:
 
 def describe_plan(design: Design) -> dict[str, Any]:
     """What a run will take: texts, tokens, bytes, and seconds from one measured batch. Plain data."""
-    prompts = [p for both in design.prompts.values() for side in both for p in side]
     one_side = [p for both in design.prompts.values() for p in both[0]]
-    n_rows = len(design.components) * len(design.layers)
-    plan = plan_extraction(prompts, n_rows, design.pair.base.d_model)
-    sites = [Site(layer) for layer in design.layers]
+    sites = [
+        Site(layer, component)
+        for component in design.components
+        for layer in design.layers
+        if layer >= 0 or component == "resid_post"
+    ]
+    width = design.pair.base.d_model
+    plans = [plan_extraction(side, len(sites), width) for both in design.prompts.values() for side in both]
     rate = seconds_per_token(design.pair.base, one_side, sites)
     parameters = design.pair.base.n_parameters + design.pair.aligned.n_parameters
-    width = {"float32": 4, "float64": 8}.get(design.pair.base.dtype, 2)
+    bytes_each = {"float32": 4, "float64": 8}.get(design.pair.base.dtype, 2)
     return {
         "base": design.pair.base.name,
         "aligned": design.pair.aligned.name,
@@ -205,11 +222,11 @@ def describe_plan(design: Design) -> dict[str, Any]:
         "templates": list(design.templates),
         "sites": list(design.components),
         "layers": list(design.layers),
-        "prompts": len(prompts),
-        "tokens": plan.n_tokens,
-        "batches": len(plan.batches),
-        "activation_bytes": plan.size,
-        "model_bytes": parameters * width,
-        "seconds": round(rate * plan.n_padded, 1),
+        "prompts": 2 * len(one_side),
+        "tokens": sum(plan.n_tokens for plan in plans),
+        "batches": sum(len(plan.batches) for plan in plans),
+        "activation_bytes": sum(plan.size for plan in plans),
+        "model_bytes": parameters * bytes_each,
+        "seconds": round(rate * sum(plan.n_padded for plan in plans), 1),
         "flags": list(design.flags),
     }

@@ -7,9 +7,12 @@ The format is the contract of the architecture page: JSON Lines, or CSV and Parq
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +21,10 @@ from typing import Any, Literal
 from empathy_probes.errors import InputError
 
 FIELDS = ("id", "scenario", "text", "messages", "label", "concept", "frame", "cluster", "read", "readout")
+REQUIRED = ("id", "scenario", "label")
 ROLES = ("system", "user", "assistant")
+# A concept names files and sections: one line of printable characters without path separators.
+NAME = re.compile(r"[\w(][\w .,+()-]{0,79}")
 LabelKind = Literal["binary", "graded", "categorical"]
 ReadKind = Literal["last", "span", "message"]
 
@@ -112,10 +118,9 @@ def load_stimuli(path: str | Path) -> tuple[StimulusSet, ...]:
     grouped: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for number, row in rows:
         concept = row.get("concept", path.stem)
-        if not isinstance(concept, str) or not concept:
-            raise _bad(
-                path, number, "concept", concept, "a non-empty string", "name the concept or drop the field"
-            )
+        if not isinstance(concept, str) or not NAME.fullmatch(concept):
+            expected = "a name of up to 80 letters, digits, spaces and . , + - ( )"
+            raise _bad(path, number, "concept", concept, expected, "name the concept, or rename the file, so")
         grouped.setdefault(concept, []).append((number, row))
     return tuple(_stimulus_set(concept, numbered, path) for concept, numbered in grouped.items())
 
@@ -137,7 +142,15 @@ def _bad(path: Path, number: int, field: str, got: object, expected: str, remedy
 
 
 def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    if not path.is_file():
+    try:
+        there = path.is_file()
+        if there:
+            path.open("rb").close()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be opened ({error.strerror}), expected a readable file; check the path"
+        ) from None
+    if not there:
         raise InputError(
             f"no stimuli file at {path}: expected a .jsonl, .csv or .parquet file; check the path"
         )
@@ -164,51 +177,92 @@ def _read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            reason = (
+                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            )
             raise InputError(
-                f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): expected one object per "
-                "line; fix or remove the line"
+                f"{path}, line {number} is not JSON ({reason}): expected one object per line; fix or remove the line"
             ) from None
         if not isinstance(row, dict):
             raise InputError(
                 f"{path}, line {number} is a JSON {type(row).__name__}: expected an object with the fields id, "
                 "scenario, text and label; fix or remove the line"
             )
-        rows.append((number, row))
+        rows.append(
+            (number, {field: value for field, value in row.items() if value is not None or field in REQUIRED})
+        )
     return rows
 
 
 def _read_table(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    import pandas as pd
-
-    try:
-        frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 ({error.reason}): expected UTF-8 text; save the file as UTF-8"
-        ) from None
-    except pd.errors.EmptyDataError:
-        return []
-    except (pd.errors.ParserError, ImportError, OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read as {path.suffix[1:]} ({error}): expected a table with the stimuli columns; repair it"
-        ) from None
+    if path.suffix == ".parquet":
+        return [(i + 1, row) for i, row in enumerate(_parquet_rows(path))]
     rows = []
-    for offset, record in enumerate(frame.to_dict(orient="records")):
-        row: dict[str, Any] = {}
-        for field, value in record.items():
-            if value is None or (isinstance(value, float) and math.isnan(value)):
-                continue
-            if field in {"messages", "read", "readout"} and isinstance(value, str) and value[:1] in "[{":
-                try:
-                    value = json.loads(value)
-                except json.JSONDecodeError as error:
-                    raise _bad(
-                        path, offset + 2, str(field), value, f"JSON ({error.msg})", "fix the cell"
-                    ) from None
-            row[str(field)] = value.item() if hasattr(value, "item") else value
-        rows.append((offset + 2, row))  # line 1 is the header
+    # Read as text, so that an id 007 or a text "NA" stays what it is; only the label is a number where it can be.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for record in reader:
+                if None in record or None in record.values():
+                    raise csv.Error(f"line {reader.line_num} has not as many cells as the header")
+                rows.append(
+                    (
+                        reader.line_num,
+                        _csv_row({k: v for k, v in record.items() if v != ""}, path, reader.line_num),
+                    )
+                )
+        except csv.Error as error:
+            raise InputError(
+                f"{path} is not CSV ({error}): expected a header and as many cells per line; repair it"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path} is not UTF-8 ({error.reason}): expected UTF-8 text; save the file as UTF-8"
+            ) from None
     return rows
+
+
+def _csv_row(row: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
+    if "label" in row:
+        with contextlib.suppress(ValueError):
+            row["label"] = float(row["label"])
+    for field in {"messages", "read", "readout"} & row.keys():
+        if row[field][:1] in "[{":
+            try:
+                row[field] = json.loads(row[field])
+            except (ValueError, RecursionError):
+                raise _bad(path, number, field, row[field], "JSON", "fix the cell") from None
+    return row
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise InputError(
+            f"{path} is Parquet and pyarrow is not installed, expected it; pip install 'empathy-probes[parquet]'"
+        ) from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as Parquet ({error}): expected a table; write it again"
+        ) from None
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):  # a struct column fills the members that other rows have with None
+            return {key: plain(entry) for key, entry in value.items() if entry is not None}
+        if isinstance(value, str) and value[:1] in "[{":
+            with contextlib.suppress(ValueError):
+                return json.loads(value)
+        return value
+
+    nested = {"messages", "read", "readout"}
+    return [
+        {key: plain(value) if key in nested else value for key, value in row.items() if value is not None}
+        for row in rows
+    ]
 
 
 def _stimulus_set(concept: str, rows: list[tuple[int, Mapping[str, Any]]], path: Path) -> StimulusSet:
@@ -245,9 +299,13 @@ def _stimulus(row: Mapping[str, Any], number: int, path: Path) -> tuple[Stimulus
             raise _bad(
                 path, number, field, row[field], f"only the fields {', '.join(FIELDS)}", "remove the field"
             )
-    for field in ("id", "scenario", "label"):
+    for field in REQUIRED:
         if field not in row:
             raise _bad(path, number, field, "nothing", "a value", "add the field")
+    if not _is_unicode(row):
+        raise _bad(
+            path, number, "text", "half of a surrogate pair", "whole Unicode characters", "repair the escape"
+        )
     names = {}
     for field in ("id", "scenario", "frame", "cluster"):
         value = row.get(field, "")
@@ -260,7 +318,10 @@ def _stimulus(row: Mapping[str, Any], number: int, path: Path) -> tuple[Stimulus
     if isinstance(label, bool) or not isinstance(label, int | float | str) or label == "":
         raise _bad(path, number, "label", label, "a number or a non-empty string", "label the text")
     if not isinstance(label, str):
-        label = float(label)
+        try:
+            label = float(label)
+        except OverflowError:
+            label = math.inf
         if not math.isfinite(label):
             raise _bad(path, number, "label", label, "a finite number", "label the text")
     messages, text = _content(row, number, path)
@@ -271,6 +332,14 @@ def _stimulus(row: Mapping[str, Any], number: int, path: Path) -> tuple[Stimulus
         frame=names["frame"], cluster=names["cluster"], read=read, readout=readout,
     )  # fmt: skip
     return item, read_kind
+
+
+def _is_unicode(row: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _content(row: Mapping[str, Any], number: int, path: Path) -> tuple[tuple[Message, ...], str]:
@@ -346,6 +415,10 @@ def _readout(spec: Any, number: int, path: Path) -> ReadoutSpec:
     if not isinstance(sides, list) or len(sides) != 2:
         raise _bad(path, number, "readout", spec, expected, remedy)
     if kind == "answers" and all(words(side) for side in sides):
+        if set(sides[0]) & set(sides[1]):
+            raise _bad(
+                path, number, "readout", spec, "two sets without a common answer", "drop the common answers"
+            )
         return ReadoutSpec("answers", tuple(sides[0]), tuple(sides[1]))
     if kind == "continuations" and words(sides):
         return ReadoutSpec("continuations", (sides[0],), (sides[1],))

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import posixpath
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,10 @@ class Store:
     def write(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write an entry whole or not at all, and drop the parts it was made from."""
         self._write_file(f"{key}.safetensors", arrays)
+        self.drop_parts(key)
+
+    def drop_parts(self, key: str) -> None:
+        """Remove the shards of a computation that has finished."""
         fs, folder = self._place(f"{key}.parts")
         if fs.exists(folder):
             fs.rm(folder, recursive=True)
@@ -97,6 +102,14 @@ class Store:
         names = sorted(posixpath.basename(path) for path in fs.ls(folder, detail=False))
         found = (self._read_file(f"{key}.parts/{name}") for name in names if name.endswith(".safetensors"))
         return [part for part in found if part is not None]
+
+    def next_part(self, key: str) -> int:
+        """A number that no part of this entry has, damaged ones included."""
+        fs, folder = self._place(f"{key}.parts")
+        names = (
+            [posixpath.basename(path) for path in fs.ls(folder, detail=False)] if fs.exists(folder) else []
+        )
+        return 1 + max((int(name[:6]) for name in names if name[:6].isdigit()), default=-1)
 
     def write_part(self, key: str, number: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write one shard of an unfinished entry."""
@@ -112,18 +125,28 @@ class Store:
         """Remove every entry and part, and nothing else; says what was there."""
         before = self.info()
         fs, _ = self._place()
-        for path in self._sizes():
+        ours = self._sizes()
+        for path in ours:
             fs.rm(path)
-        for folder in fs.glob(self._place("*.parts")[1]) if before.parts else []:
-            fs.rm(folder, recursive=True)
+        for folder in {posixpath.dirname(path) for path in ours if ".parts/" in path}:
+            if fs.exists(folder) and not fs.ls(folder):
+                fs.rmdir(folder)
         return before
 
     def _sizes(self) -> dict[str, int]:
         fs, root = self._place()
         if not fs.exists(root):
             return {}
-        found = fs.find(root, detail=True)
-        return {path: int(entry["size"]) for path, entry in found.items() if path.endswith(".safetensors")}
+        if fs.isfile(root):
+            raise InputError(
+                f"the store '{self.url}' is a file, expected a folder or nothing there; choose another --store"
+            )
+        # Only names that this module gives: a folder named by mistake may hold somebody's checkpoints.
+        found = fs.find(root, maxdepth=2, detail=True)
+        ours = re.compile(
+            re.escape(root.rstrip("/")) + r"/[0-9a-f]{64}(\.parts/\d{6})?\.safetensors(\.\d+\.partial)?"
+        )
+        return {path: int(entry["size"]) for path, entry in found.items() if ours.fullmatch(path)}
 
     def _read_file(self, name: str) -> dict[str, np.ndarray] | None:
         fs, path = self._place(name)
@@ -132,6 +155,10 @@ class Store:
                 return load(file.read())
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise InputError(
+                f"the store '{self.url}' cannot be read ({error.strerror or error}), expected a folder; choose another --store"
+            ) from None
         except SafetensorError as error:
             logger.warning("the stored file %s is damaged (%s) and will be computed again", path, error)
             return None

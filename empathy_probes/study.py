@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from safetensors.numpy import save
 
@@ -44,6 +46,9 @@ INTEGER_COLUMNS = {
     "layer", "onset_lower", "onset_upper", "peak_layer", "peak_lower", "peak_upper", "n_scenarios", "scenarios_needed"
 }  # fmt: skip
 TEXT_COLUMNS = {"flags", "decision", "mechanism", "dimension", "verdict", "missing"}
+
+
+_RECORD = {"name": str, "digest": str, "manifest": dict, "results": dict}
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,17 @@ def _digest(
 
 
 def _holds(out: Path, digest: str) -> bool:
-    """Whether the folder holds this study; anything else in it is refused."""
+    """Whether the folder holds this study; anything else in it, and a place that cannot be written, is refused."""
+    if out.resolve() == Path.cwd():
+        raise InputError(
+            f"the output {out} is the working folder, expected a folder of its own; choose another --out"
+        )
     if not out.exists():
+        parent = next(folder for folder in out.resolve().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(
+                f"the output {out} cannot be made in {parent}, expected a writable folder; choose another --out"
+            )
         return False
     if not out.is_dir():
         raise InputError(
@@ -197,7 +211,8 @@ def _notes(finding: Finding) -> list[str]:
 
 def _write_folder(study: Study, out: Path) -> None:
     """Write everything beside its final place, then rename."""
-    partial = out.parent / f".{out.name}.partial"
+    out = out.resolve()  # "." has no name to put a dot before
+    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -235,7 +250,7 @@ def _save_vectors(finding: Finding, folder: Path) -> None:
         for side, model in enumerate(("base", "aligned")):
             direction = m.directions[side][rows]
             if len(blocks) < finding.n_layers:
-                whole = direction[:1].repeat(finding.n_layers, 0) * 0
+                whole = np.zeros((finding.n_layers, direction.shape[1]))
                 whole[blocks] = direction
                 direction = whole
             header = {
@@ -300,6 +315,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf8"))
         check_schema(record["schema_version"], path)
+        if not all(isinstance(record[key], kind) for key, kind in _RECORD.items()):
+            raise TypeError
     except FileNotFoundError:
         raise StoreError(
             f"no study in {folder}: got no study.json there, expected a folder that compare or run wrote; check the path"

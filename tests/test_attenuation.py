@@ -23,6 +23,7 @@ from empathy_probes.concepts import Concept
 from empathy_probes.design import design_study
 from empathy_probes.errors import InputError, ProvenanceError
 from empathy_probes.ledger import headlines, ledger_frame
+from empathy_probes.models import Model
 from empathy_probes.pairs import ModelPair, load_pair
 from empathy_probes.report import write_report
 from empathy_probes.stimuli import stimuli_from_rows
@@ -220,6 +221,7 @@ def test_rows_follow_the_contract(tmp_path: Path) -> None:
     )
     frame = finding.to_frame()
     assert tuple(frame.columns) == tuple(COLUMNS)
+    assert not frame.duplicated(["concept", "template", "site", "layer", "measure"]).any()
     assert set(frame.template) == {"raw", "shared", "did"} and set(frame.site) == {
         "resid_post",
         "mlp_out",
@@ -245,6 +247,23 @@ def test_the_lexical_floor_sees_a_keyword_and_the_embedding_of_a_shared_last_tok
     auroc = frame[frame.measure == "auroc"].set_index("layer")
     assert auroc[auroc.site == "text"].base.item() > 0.95
     assert auroc.loc[-1].base == 0.5
+
+
+def test_every_site_is_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    real = Model.run
+    monkeypatch.setattr(Model, "run", lambda self, *a, **k: ran.append(1) or real(self, *a, **k))
+    pair = pair_of(tiny_llama(0), tiny_llama(1))
+    ran.clear()  # loading checks itself with a run
+    measure(pair, tmp_path, sites=("resid_post", "mlp_out", "attn_out"))
+    assert len(ran) == 2
+
+
+def test_two_models_without_any_contrast_are_not_called_equivalent(tmp_path: Path) -> None:
+    frame = strength(measure(pair_of(tiny_llama(0), tiny_llama(1)), tmp_path))
+    embedding = frame[frame.layer == -1].iloc[0]  # the last token is the same in every text
+    assert embedding.decision == "" and np.isnan(embedding.attenuation)
+    assert "base_not_detected" in embedding["flags"]
 
 
 def test_a_finding_comes_back_as_it_was_saved(tmp_path: Path) -> None:

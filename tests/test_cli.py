@@ -218,6 +218,15 @@ BAD = {
     "bad dtype": (["compare", "{m}/base", "{m}/plain", "--stimuli", "colour.jsonl", "--dtype", "int3"], "unknown dtype"),
     "bad site": (["compare", "{m}/base", "{m}/plain", "--stimuli", "colour.jsonl", "--sites", "resid"], "unknown site"),
     "bad store": (["compare", "{m}/base", "{m}/plain", "--stimuli", "colour.jsonl", "--store", "zz://x"], "cannot be opened"),
+    "empty option": (["compare", "{m}/base", "{m}/plain", "--concepts", ""], "--concepts got an empty name"),
+    "none and names": (["compare", "{m}/base", "{m}/plain", "--controls", "none,tense"], "none beside names"),
+    "abbreviation": (["compare", "{m}/base", "{m}/plain", "--conce", "tense"], "unrecognized arguments"),
+    "bad device": (["compare", "{m}/base", "{m}/plain", "--stimuli", "colour.jsonl", "--device", "bogus"], "device 'bogus'"),
+    "too many draws": (["compare", "{m}/base", "{m}/plain", "--stimuli", "colour.jsonl", "--draws", "10000000"], "at most"),
+    "out under a file": (["compare", "{m}/base", "{m}/plain", "--stimuli", "colour.jsonl", "--out", "colour.jsonl/x"], "cannot be made"),
+    "out is here": (["compare", "{m}/base", "{m}/plain", "--stimuli", "colour.jsonl", "--out", "."], "working folder"),
+    "store is a file": (["store", "--store", "colour.jsonl"], "is a file"),
+    "damaged study": (["report", "damaged"], "study.json is damaged"),
     "out is taken": (["compare", "{m}/base", "{m}/plain", "--stimuli", "colour.jsonl", "--out", "taken"], "other files"),
     "unknown key": (["run", "bad.toml"], "unknown key 'colour'"),
     "wrong type": (["run", "type.toml"], "key 'draws': got 'many'"),
@@ -246,6 +255,8 @@ def test_bad_input_exits_2_with_one_sentence_and_leaves_nothing(
     Path("latin.jsonl").write_bytes('{"id": "é"}'.encode("latin-1"))
     Path("bad.toml").write_text('base = "b"\ncolour = 1\n')
     Path("type.toml").write_text('base = "b"\ndraws = "many"\n')
+    Path("damaged").mkdir()
+    Path("damaged/study.json").write_text('{"schema_version": 1}')
     Path("taken").mkdir()
     Path("taken/notes.txt").write_text("mine")
     before = sorted(p.as_posix() for p in files.rglob("*"))
@@ -255,6 +266,11 @@ def test_bad_input_exits_2_with_one_sentence_and_leaves_nothing(
     assert captured.out == "" and captured.err.count("\n") == 1, captured.err
     assert expected in captured.err and "usage:" not in captured.err
     assert sorted(p.as_posix() for p in files.rglob("*")) == before
+
+
+def test_quiet_and_verbose_may_stand_after_the_command(capsys: Any) -> None:
+    assert cli.main(["concepts", "-q"]) == 0 and cli.main(["-q", "concepts"]) == 0
+    assert cli.main(["concepts", "-v", "--json"]) == 0
 
 
 def test_version_and_help_exit_0() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import CHAT, MAKERS, tiny_llama, word_tokenizer
+from safetensors.torch import load_file, save_file
 
 from empathy_probes.batches import Pool, pad_tokens
 from empathy_probes.errors import InputError
@@ -172,12 +174,66 @@ def test_the_self_check_trusts_these_architectures(model: Model) -> None:
     assert model.replay_refusal is None
 
 
-def test_the_self_check_refuses_a_model_whose_suffix_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = load_model((tiny_llama(3), word_tokenizer()), device="cpu")
+def test_the_self_check_refuses_a_model_whose_suffix_differs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(
         Model, "_unembed", lambda self, state: 2 * self.bridge.unembed(self.bridge.ln_final(state))
     )
+    broken = load_model((tiny_llama(3), word_tokenizer()), device="cpu")
     assert "misses the plain forward pass" in str(broken.replay_refusal)
+    assert "not continued from a state" in caplog.text
+
+
+def test_float16_on_a_cpu_is_slow_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    load_model((tiny_llama(), word_tokenizer()), dtype="float16", device="cpu")
+    assert "--dtype float32" in caplog.text
+
+
+def without_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def of_another_width(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"hidden_size": 32', '"hidden_size": 48'))
+
+
+def with_a_list_for_a_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "expected"),
+    [
+        (without_a_tensor, "lacks 1 tensors, for example model.layers.1.mlp.up_proj.weight"),
+        (cut_short, "cannot load a model"),
+        (of_another_width, "cannot load a model"),
+        (with_a_list_for_a_config, "cannot load a model"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_and_never_filled_with_noise(
+    tmp_path: Path, break_it: Callable[[Path], None], expected: str
+) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    break_it(tmp_path)
+    with pytest.raises(InputError, match=expected) as caught:
+        load_model(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["bogus", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device: str) -> None:
+    with pytest.raises(InputError, match=f"device '{device}' cannot be used"):
+        load_model("/no/such/model", device=device)
 
 
 @pytest.mark.parametrize("left", [False, True])

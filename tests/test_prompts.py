@@ -57,6 +57,14 @@ def test_a_span_is_read_at_its_own_tokens(style: Any) -> None:
 
 
 @pytest.mark.parametrize("style", ["raw", "chat"])
+def test_a_span_that_its_spaces_make_unique_is_not_found_in_a_longer_word(style: Any) -> None:
+    tokenizer = word_tokenizer(CHAT)
+    # "a" stands in "saw" and "was" too; with its spaces it stands once.
+    one, _ = render(tokenizer, make({"span": " a "}, text=" man saw a COLOUR was"), style, "user")
+    assert decoded(tokenizer, one) == "a" and tokenizer.decode([one.ids[one.read[0] - 1]]) == "saw"
+
+
+@pytest.mark.parametrize("style", ["raw", "chat"])
 @pytest.mark.parametrize(("message", "word"), [(0, "bird"), (1, "then")])
 def test_a_message_is_read_at_the_last_token_of_its_content(style: Any, message: int, word: str) -> None:
     tokenizer = word_tokenizer(CHAT)

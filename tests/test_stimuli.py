@@ -44,6 +44,36 @@ def test_csv_and_parquet_with_the_same_columns_give_the_same_digest(tmp_path: Pa
     assert table.digest == plain.digest
 
 
+def test_csv_keeps_every_cell_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "colour.csv").write_text('id,scenario,text,label\n001,07,"NA",1\n002,07,"two\nlines",0\n')
+    (found,) = load_stimuli(tmp_path / "colour.csv")
+    assert [(i.id, i.scenario, i.text, i.label) for i in found.items] == [
+        ("001", "07", "NA", 1.0), ("002", "07", "two\nlines", 0.0),
+    ]  # fmt: skip
+    (tmp_path / "short.csv").write_text("id,scenario,text,label\n001,07\n")
+    with pytest.raises(InputError, match="not as many cells"):
+        load_stimuli(tmp_path / "short.csv")
+
+
+def test_parquet_takes_nested_turns_and_readouts(tmp_path: Path) -> None:
+    lines = []
+    for row in rows(3):
+        turns = [{"role": "user", "content": row.pop("text")}, {"role": "assistant", "content": "then"}]
+        readout = {"answers": [[" good", " fine"], [" bad"]]}
+        lines.append({**row, "messages": turns, "read": {"message": 0}, "readout": readout})
+    pd.DataFrame(lines).to_parquet(tmp_path / "colour.parquet")
+    (table,) = load_stimuli(tmp_path / "colour.parquet")
+    (plain,) = load_stimuli(write(tmp_path / "colour.jsonl", lines))
+    assert table.digest == plain.digest
+
+
+def test_null_counts_as_absent(tmp_path: Path) -> None:
+    (found,) = load_stimuli(
+        write(tmp_path / "c.jsonl", [{**row, "frame": None, "read": None} for row in rows(3)])
+    )
+    assert found.read_kind == "last"
+
+
 def test_lines_that_name_a_concept_are_grouped_by_it(tmp_path: Path) -> None:
     lines = [{**row, "concept": c} for c in ("one", "two") for row in rows(4, concept=c)]
     assert [s.concept for s in load_stimuli(write(tmp_path / "both.jsonl", lines))] == ["one", "two"]
@@ -85,7 +115,10 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "unknown field": ([GOOD, {**PAIR, "colour": 1}], "line 2, field 'colour'"),
     "empty text": ([GOOD, {**PAIR, "text": " "}], "line 2, field 'text'"),
     "text and messages": ([GOOD, {**PAIR, "messages": [{"role": "user", "content": "x"}]}], "got 'both'"),
-    "bad role": ([{**GOOD, "text": None} | {"messages": [{"role": "bot", "content": "x"}]}], "field 'text'"),
+    "bad role": (
+        [{**GOOD, "text": None} | {"messages": [{"role": "bot", "content": "x"}]}],
+        "field 'messages'",
+    ),
     "boolean label": ([GOOD, {**PAIR, "label": True}], "field 'label'"),
     "infinite label": ([GOOD, {**PAIR, "label": float("inf")}], "finite"),
     "mixed labels": ([GOOD, {**PAIR, "label": "no"}], "mixes strings and numbers"),
@@ -100,6 +133,11 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "bad readout": ([{**GOOD, "readout": {"answers": [["a"]]}}, PAIR], "field 'readout'"),
     "two clusters": ([{**GOOD, "cluster": "x"}, {**PAIR, "cluster": "y"}], "one cluster per scenario"),
     "empty file": ([], "holds no stimuli"),
+    "path for a name": ([{**GOOD, "concept": "../up"}, {**PAIR, "concept": "../up"}], "field 'concept'"),
+    "huge label": ([{**GOOD, "label": 10**400}, PAIR], "finite"),
+    "deep": ([GOOD, "[" * 100_000], "line 2 is not JSON"),
+    "half a surrogate": ([{**GOOD, "text": "\ud800 red"}, PAIR], "surrogate"),
+    "common answer": ([{**GOOD, "readout": {"answers": [[" a"], [" a"]]}}, PAIR], "common answer"),
 }
 
 
@@ -142,6 +180,11 @@ def test_a_toml_beside_the_file_describes_it(tmp_path: Path) -> None:
     (tmp_path / "colour.toml").write_text(body + 'read = "span"\ndescription = "red or blue"\n')
     with pytest.raises(InputError, match="make them agree"):
         load_concept_file(tmp_path / "colour.jsonl")
+    (tmp_path / "colour.toml").write_text(body + 'read = 5\ndescription = "x"\n')
+    with pytest.raises(InputError, match="key 'read': got 5"):
+        load_concept_file(tmp_path / "colour.jsonl")
+    (tmp_path / "colour.toml").write_text('base = "a study file of the same stem"\n')
+    assert load_concept_file(tmp_path / "colour.jsonl")[0].speaker == "user"
     (tmp_path / "colour.toml").write_text(body + 'read = "last"\ncolour = 1\n')
     with pytest.raises(InputError, match=r"missing keys \[description\], unknown keys \[colour\]"):
         load_concept_file(tmp_path / "colour.jsonl")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from empathy_probes.errors import InputError, StoreError
-from empathy_probes.store import SCHEMA_VERSION, Store, default_store_url, load_record, save_record
+from empathy_probes.store import SCHEMA_VERSION, Store, default_store_url, digest_of, load_record, save_record
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,31 @@ RECORD = Outer(
 
 @pytest.mark.parametrize("url", ["{tmp}/store", "memory://store-{name}"])
 def test_entries_come_back_and_clear_removes_only_them(tmp_path: Path, url: str) -> None:
-    store = Store(url.format(tmp=tmp_path, name=tmp_path.name))
-    assert store.read("k") is None and store.info().entries == 0
-    store.write_part("k", 0, {"a": np.zeros(2)})
-    assert store.info().parts == 1 and len(store.read_parts("k")) == 1
-    store.write("k", {"a": np.arange(3)})
-    found = store.read("k")
+    store, key, other = (
+        Store(url.format(tmp=tmp_path, name=tmp_path.name)),
+        digest_of("one"),
+        digest_of("other"),
+    )
+    assert store.read(key) is None and store.info().entries == 0
+    store.write_part(key, 0, {"a": np.zeros(2)})
+    assert store.info().parts == 1 and len(store.read_parts(key)) == 1 and store.next_part(key) == 1
+    store.write(key, {"a": np.arange(3)})
+    found = store.read(key)
     assert found is not None and np.array_equal(found["a"], np.arange(3)) and store.info().parts == 0
+    theirs = [
+        tmp_path / "store" / name for name in ("README.md", "model.safetensors", "hub/model.safetensors")
+    ]
     if url.startswith("{tmp}"):
-        (tmp_path / "store" / "README.md").write_text("keep")
-    store.write_part("other", 0, {"a": np.zeros(2)})
-    assert store.clear().entries == 1
-    assert store.info().size == 0 and store.read("k") is None
-    assert not url.startswith("{tmp}") or [p.name for p in (tmp_path / "store").iterdir()] == ["README.md"]
+        for path in theirs:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("somebody's checkpoint")
+        (tmp_path / "store" / f"{key}.safetensors.77.partial").write_text("left by a kill")
+    store.write_part(other, 0, {"a": np.zeros(2)})
+    assert store.clear().parts == 1
+    assert store.info().size == 0 and store.read(key) is None
+    if url.startswith("{tmp}"):
+        left = {path for path in (tmp_path / "store").rglob("*") if path.is_file()}
+        assert left == set(theirs)
 
 
 def test_a_damaged_entry_counts_as_absent(tmp_path: Path) -> None:
@@ -66,6 +78,10 @@ def test_a_store_that_cannot_be_opened_or_written_is_one_sentence(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         Store(str(tmp_path / "file")).write("k", {"a": np.zeros(1)})
+    with pytest.raises(InputError, match="cannot be read"):
+        Store(str(tmp_path / "file")).read("k")
+    with pytest.raises(InputError, match="is a file"):
+        Store(str(tmp_path / "file")).info()
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
