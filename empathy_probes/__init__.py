@@ -8,10 +8,13 @@
 Importing this package loads neither torch nor TransformerLens; each name is imported when first used.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _MODULES = {
     "attenuation": ("Finding", "Settings", "load_finding", "measure", "measure_attenuation"),

@@ -24,7 +24,6 @@ from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import Contrast, TemplateShift, compare, did
 from empathy_probes.decisions import Judgement, judge, judge_controls
 from empathy_probes.design import Design, describe_design, design_study
-from empathy_probes.errors import ProvenanceError
 from empathy_probes.extraction import extract
 from empathy_probes.pairs import ModelPair
 from empathy_probes.probes import N_FOLDS, cross_fitted_scores, lexical_scores
@@ -405,21 +404,6 @@ def scenario_differences(
     for scenario, rows_of in scenarios.items():
         per_unit[unit_of[scenario]].append(rows[rows_of[1.0]].mean(0) - rows[rows_of[0.0]].mean(0))
     return np.stack([np.mean(differences, axis=0) for differences in per_unit.values()])
-
-
-def check_same_stimuli(first: Finding, second: Finding) -> None:
-    """Refuse to compare two findings from different stimuli.
-
-    Raises:
-        ProvenanceError: a concept of both has another digest in one of them.
-    """
-    ours, theirs = first.provenance["concepts"], second.provenance["concepts"]
-    for name in ours.keys() & theirs.keys():
-        if ours[name]["digest"] != theirs[name]["digest"]:
-            raise ProvenanceError(
-                f"concept '{name}' has stimuli {ours[name]['digest'][:12]} in one result and {theirs[name]['digest'][:12]} "
-                "in the other, expected the same; measure both with the same stimuli"
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -144,6 +144,10 @@ def extract(
     pooled = {component: entry["acts"] for component, entry in stored.items() if entry is not None}
     missing = [component for component in components if component not in pooled]
     sites = [Site(layer, component) for component in missing for layer in wanted[component]]
+    logger.info(
+        "%s in '%s': %d texts, %s from the store, %s to run",
+        label, model.name, len(prompts), ", ".join(pooled) or "nothing", ", ".join(missing) or "nothing",
+    )  # fmt: skip
     if sites:
         work = digest_of([keys[component] for component in missing])
         acts = _compute(model, prompts, sites, store, work, budget, label)

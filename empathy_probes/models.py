@@ -423,6 +423,8 @@ def load_model(
         hf_model, tokenizer = _from_pretrained(path, revision, dtype, trust_remote_code)
     if adapter is not None:
         hf_model = _with_adapter(hf_model, adapter)
+        if (Path(adapter) / "tokenizer_config.json").is_file():  # a chat adapter brings its own chat template
+            tokenizer = _tokenizer(str(adapter), None, trust_remote_code)
         label = name or f"{label}+{Path(adapter).name}"
     if dtype is not None:
         hf_model = hf_model.to(DTYPES[dtype])
@@ -460,6 +462,19 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def _tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except _UNLOADABLE as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"cannot load a tokenizer from '{path}' ({reason}): expected tokenizer files beside the model; check the "
+            "name, or download it first"
+        ) from None
+
+
 def _from_pretrained(
     path: str, revision: str | None, dtype: str | None, trust_remote_code: bool
 ) -> tuple[Any, Any]:
@@ -472,11 +487,11 @@ def _from_pretrained(
             )
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
         raise InputError(f"no model at '{path}': no such folder, and no hub id has this form; check the path")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    tokenizer = _tokenizer(path, revision, trust_remote_code)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[dtype] if dtype else "auto",

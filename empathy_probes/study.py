@@ -162,6 +162,11 @@ def _digest(
     described = dict(provenance)
     for side in ("base", "aligned"):
         described[side] = {k: v for k, v in provenance[side].items() if k not in ("name", "revision")}
+    # Prose about a concept changes no number.
+    described["concepts"] = {
+        name: {k: v for k, v in concept.items() if k not in ("description", "labels")}
+        for name, concept in provenance["concepts"].items()
+    }
     return digest_of({**described, "options": options, "planted": planted})
 
 

@@ -14,14 +14,13 @@ from conftest import CHAT, rows, tiny_gpt2, tiny_llama, word_tokenizer
 from empathy_probes.attenuation import (
     COLUMNS,
     Finding,
-    check_same_stimuli,
     load_finding,
     measure_attenuation,
     scenario_differences,
 )
 from empathy_probes.concepts import Concept
 from empathy_probes.design import design_study
-from empathy_probes.errors import InputError, ProvenanceError
+from empathy_probes.errors import InputError
 from empathy_probes.ledger import headlines, ledger_frame
 from empathy_probes.models import Model
 from empathy_probes.pairs import ModelPair, load_pair
@@ -273,14 +272,6 @@ def test_a_finding_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert again.to_frame().equals(finding.to_frame())
     again.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "finding.safetensors").read_bytes()
-
-
-def test_findings_of_different_stimuli_are_not_compared(tmp_path: Path) -> None:
-    pair = pair_of(tiny_llama(0), tiny_llama(1))
-    one, other = (measure(pair, tmp_path, concept(40, seed)) for seed in (0, 1))
-    check_same_stimuli(one, one)
-    with pytest.raises(ProvenanceError, match="concept 'demo'"):
-        check_same_stimuli(one, other)
 
 
 def test_where_the_base_carries_nothing_nothing_is_said(tmp_path: Path) -> None:

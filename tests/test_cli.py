@@ -197,7 +197,7 @@ BAD = {
     "unknown model path": (["compare", "/no/such/model", "{m}/base"], "/no/such/model"),
     "no checkpoint there": (["compare", "{m}/empty", "{m}/base"], "no config.json"),
     "mismatched pair": (["compare", "{m}/base", "{m}/narrow", "--stimuli", "colour.jsonl"], "d_model"),
-    "no aligned model": (["compare", "{m}/base", "--stimuli", "colour.jsonl"], "no aligned model"),
+    "no aligned model": (["compare", "{m}/base", "--stimuli", "colour.jsonl"], "got one model"),
     "malformed line": (["compare", "{m}/base", "{m}/plain", "--stimuli", "malformed.jsonl"], "line 2 is not JSON"),
     "missing field": (["compare", "{m}/base", "{m}/plain", "--stimuli", "missing.jsonl"], "field 'label'"),
     "single class": (["compare", "{m}/base", "{m}/plain", "--stimuli", "single.jsonl"], "every label is"),
@@ -271,6 +271,16 @@ def test_bad_input_exits_2_with_one_sentence_and_leaves_nothing(
 def test_quiet_and_verbose_may_stand_after_the_command(capsys: Any) -> None:
     assert cli.main(["concepts", "-q"]) == 0 and cli.main(["-q", "concepts"]) == 0
     assert cli.main(["concepts", "-v", "--json"]) == 0
+
+
+def test_verbose_says_what_comes_from_the_store(models: Path, files: Path) -> None:
+    command = compare(models, "--stimuli", "colour.jsonl", "--template", "raw")
+    said = []
+    for out in ("one", "two"):
+        argv = [sys.executable, "-m", "empathy_probes.cli", "-v", *command, "--out", out]
+        said.append(subprocess.run(argv, capture_output=True, text=True, check=True).stderr)
+    assert "nothing from the store, resid_post to run" in said[0]
+    assert "resid_post from the store, nothing to run" in said[1]
 
 
 def test_version_and_help_exit_0() -> None:

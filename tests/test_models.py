@@ -216,7 +216,7 @@ def with_a_list_for_a_config(folder: Path) -> None:
         (without_a_tensor, "lacks 1 tensors, for example model.layers.1.mlp.up_proj.weight"),
         (cut_short, "cannot load a model"),
         (of_another_width, "cannot load a model"),
-        (with_a_list_for_a_config, "cannot load a model"),
+        (with_a_list_for_a_config, "cannot load a tokenizer"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused_and_never_filled_with_noise(
@@ -376,6 +376,8 @@ def test_an_adapter_makes_the_aligned_side(tmp_path: Path) -> None:
     batch = pair.aligned.tokenize(TEXTS[:1])
     with torch.inference_mode():
         torch.testing.assert_close(pair.aligned.run(batch).logits, merged(batch.ids).logits, **CLOSE)
-    assert not pair.identical
+    assert not pair.identical and pair.aligned.template_digest is None
+    word_tokenizer(CHAT).save_pretrained(tmp_path / "lora")
+    assert load_pair(str(tmp_path / "base"), adapter=tmp_path / "lora", device="cpu").aligned.template_digest
     with pytest.raises(InputError, match="no adapter folder"):
         load_pair(str(tmp_path / "base"), adapter=tmp_path / "base", device="cpu")
