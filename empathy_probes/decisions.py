@@ -342,7 +342,12 @@ def _locate(view: _View, reference: Reference | None) -> tuple[LayerSet, LayerSe
     if enough.any() and reference is not None:
         square = np.where(enough, square * np.exp(-2 * reference.pool.mean), np.nan)
         draws, back = view.errors, float(distributions.norm.isf(0.025))
-    onset = onset_set(view.statistics, draws, back, target.layers)
+    # Nothing can begin where the base does not carry the contrast, such as a last token that all texts share.
+    carried = np.array(["base_not_detected" not in flags for flags in target.flags])
+    onset = LayerSet((), includes_none=True)
+    if carried.any():
+        layers = [layer for layer, there in zip(target.layers, carried, strict=True) if there]
+        onset = onset_set(view.statistics[carried], draws[:, carried], back, layers)
     return onset, peak_set(-square, -view.ratio_errors, target.layers)
 
 

@@ -348,6 +348,20 @@ def test_onset_is_the_first_layer_beyond_the_margin_when_all_is_certain():
     assert found.members == (2,) and (found.lower, found.upper) == (2, 2)
 
 
+def test_an_onset_cannot_lie_where_the_base_carries_nothing():
+    rng = np.random.default_rng(0)
+    signal, noise = np.eye(20)[0], 0.05 * rng.normal(size=(60, 20))
+    nothing = rng.normal(size=(60, 20))
+    pairs = [
+        (nothing, nothing + rng.normal(size=(60, 20))),
+        (signal + noise, signal + noise),
+        (signal + noise, 0.3 * signal + noise),
+    ]
+    kernels = np.stack([[m @ m.T for m in pair] for pair in pairs], axis=1)
+    (judged,) = judge([compare("x", [str(i) for i in range(60)], kernels, [-1, 0, 1])], [], draws=199)
+    assert "base_not_detected" in judged.flags[0] and judged.onset.members == (1,)
+
+
 def test_an_unclear_layer_before_the_onset_stays_in_the_set():
     draws = np.random.default_rng(0).standard_normal((999, 4))
     found = onset_set(np.array([-50.0, 0.0, 50.0, 50.0]), draws, 1.96, [3, 4, 5, 6])
