@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from empathy_probes.activations import Activations
 from empathy_probes.concepts import Concept
@@ -132,6 +132,12 @@ class Measurement:
         return compare(
             self.concept, keys, self.kernels.astype(np.float64), self.layers, same_model=self.same_model
         )
+
+    @cached_property
+    def beats_words(self) -> Bool[np.ndarray, " layer"]:
+        """Layers at which the base's probe exceeds the bag of words beyond chance."""
+        words = np.broadcast_to(self.text_scores, self.scores[0].shape)
+        return auroc_difference(words, self.scores[0], self.labels, self.item_units).lower > 0
 
 
 @dataclass(frozen=True)
@@ -425,7 +431,6 @@ def _cells(name: str, curve: Curve, i: int) -> dict[str, float]:
 
 def _strength_rows(m: Measurement, j: Judgement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
     c = m.contrast
-    beaten = _beats_lexical_floor(m)
     rows = []
     for i, layer in enumerate(m.layers):
         row = _place(m, layer, n_layers, "strength")
@@ -439,22 +444,15 @@ def _strength_rows(m: Measurement, j: Judgement, n_layers: int, flags: Sequence[
         if m.role == "target":
             row |= _cells("specific", j.specific, i)
         row |= {"band_lower": j.band.lower[i], "band_upper": j.band.upper[i], "p_adjusted": j.p_adjusted[i]}
-        own = [*j.flags[i], *([] if beaten[i] else ["below_lexical_floor"]), *flags]
+        own = [*j.flags[i], *([] if m.beats_words[i] else ["below_lexical_floor"]), *flags]
         rows.append(row | {"decision": j.decision[i], "flags": ";".join(dict.fromkeys(own))})
     return rows
-
-
-def _beats_lexical_floor(m: Measurement) -> np.ndarray:
-    """Layers at which the base's probe exceeds the bag of words beyond chance."""
-    words = np.broadcast_to(m.text_scores, m.scores[0].shape)
-    return auroc_difference(words, m.scores[0], m.labels, m.item_units).lower > 0
 
 
 def _auroc_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
     base, aligned = (auroc_interval(scores, m.labels, m.item_units) for scores in m.scores)
     difference = auroc_difference(m.scores[0], m.scores[1], m.labels, m.item_units)
     attenuation, ceiling = auroc_attenuation(m.scores[0], m.scores[1], m.labels, m.item_units)
-    beaten = _beats_lexical_floor(m)
     rows = []
     for i, layer in enumerate(m.layers):
         row = _place(m, layer, n_layers, "auroc")
@@ -468,7 +466,7 @@ def _auroc_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dic
         own = ["ceiling"] if ceiling[i] else []
         if np.isnan(attenuation.value[i]) and not ceiling[i]:
             own.append("base_not_detected" if base.lower[i] <= 0.5 else "ceiling")
-        own += [] if beaten[i] else ["below_lexical_floor"]
+        own += [] if m.beats_words[i] else ["below_lexical_floor"]
         rows.append(row | {"decision": "", "flags": ";".join([*own, *flags])})
     return rows
 

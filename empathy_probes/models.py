@@ -130,10 +130,10 @@ class Model:
     @property
     def centres(self) -> bool:
         """Whether the normalisation before each read subtracts the mean over d_model (LayerNorm)."""
-        # Asked of the module that runs: the bridge's own configuration says "LN" for several RMSNorm families.
-        norm = self.bridge.blocks[0].ln1
-        inner = getattr(norm, "original_component", norm)
-        return "rms" not in type(inner).__name__.lower()
+        # Asked of the module that runs: the bridge's own configuration says "LN" for several RMSNorm families. The
+        # final norm is of the blocks' kind and, unlike `ln1`, is there in post-norm families (OLMo 2) too.
+        norm = self.bridge.ln_final
+        return "rms" not in type(getattr(norm, "original_component", norm)).__name__.lower()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -449,11 +449,15 @@ def _checked_device(device: str | None) -> str:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"device '{device}' cannot be used ({reason}), expected cpu, cuda or mps where there is one; choose another"
+            f"device '{device}' cannot be used ({_first_line(error)}), expected cpu, cuda or mps where there is one; choose another"
         ) from None
     return device
+
+
+def _first_line(error: Exception) -> str:
+    """What a library said, short enough for one sentence."""
+    return str(error).strip().split("\n")[0][:300]
 
 
 def _best_device() -> str:
@@ -468,9 +472,8 @@ def _tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except _UNLOADABLE as error:
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"cannot load a tokenizer from '{path}' ({reason}): expected tokenizer files beside the model; check the "
+            f"cannot load a tokenizer from '{path}' ({_first_line(error)}): expected tokenizer files beside the model; check the "
             "name, or download it first"
         ) from None
 
@@ -500,9 +503,8 @@ def _from_pretrained(
             **options,
         )
     except _UNLOADABLE as error:
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"cannot load a model from '{path}' ({reason}): expected a folder or hub id of a causal language model "
+            f"cannot load a model from '{path}' ({_first_line(error)}): expected a folder or hub id of a causal language model "
             "with safetensors and a tokenizer; check the name, or download it first"
         ) from None
     hf_model, report = loaded
@@ -529,9 +531,8 @@ def _with_adapter(hf_model: Any, adapter: str | Path) -> Any:
     try:
         return PeftModel.from_pretrained(hf_model, str(adapter)).merge_and_unload()
     except _UNLOADABLE as error:
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"the adapter '{adapter}' does not fit its base model ({reason}): expected an adapter made for this "
+            f"the adapter '{adapter}' does not fit its base model ({_first_line(error)}): expected an adapter made for this "
             "architecture; choose the base it was trained on"
         ) from None
 
@@ -554,9 +555,8 @@ def _boot(hf_model: Any, tokenizer: Any, device: str, label: str) -> Any:
             device=device,
         )
     except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
         raise InputError(
-            f"TransformerLens cannot run '{label}' ({type(hf_model).__name__}: {reason}), expected an architecture it "
+            f"TransformerLens cannot run '{label}' ({type(hf_model).__name__}: {_first_line(error)}), expected an architecture it "
             "supports; choose another model"
         ) from None
 

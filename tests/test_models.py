@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import CHAT, MAKERS, tiny_llama, word_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -183,6 +184,22 @@ def test_the_self_check_refuses_a_model_whose_suffix_differs(
     broken = load_model((tiny_llama(3), word_tokenizer()), device="cpu")
     assert "misses the plain forward pass" in str(broken.replay_refusal)
     assert "not continued from a state" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "centres"),
+    [("Olmo2", False), ("Olmo3", False), ("Gemma2", False), ("Qwen3", False), ("Olmo", True), ("OPT", True)],
+)
+def test_the_norm_that_runs_decides_whether_activations_are_centred(family: str, centres: bool) -> None:
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    loaded = load_model(
+        (getattr(transformers, f"{family}ForCausalLM")(config), word_tokenizer()), device="cpu"
+    )
+    assert loaded.centres is centres and loaded.replay_refusal is None
+    assert loaded.run(TEXTS, read=[Site(1)], last_layer=1).acts[Site(1)].shape[0] == len(TEXTS)
 
 
 def test_float16_on_a_cpu_is_slow_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
