@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEMO_PHANTOM = "planted-valence"
 DEMO_SCENARIOS = 100
+DEMO_NEUTRAL = 1000
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,6 +109,24 @@ def _parser() -> argparse.ArgumentParser:
     concepts.add_argument("--json", action="store_true", help="print rows as JSON")
     concepts.set_defaults(command=_concepts)
 
+    _add_phantom(commands, anywhere)
+
+    calibrate = commands.add_parser(
+        "calibrate", parents=[anywhere], help="measure the instrument on pairs of known truth: its scorecard"
+    )
+    calibrate.add_argument(
+        "--quick", action="store_true", help="a few twins of the shipped bases: minutes, not hours"
+    )
+    calibrate.add_argument("--out", default="runs/scorecard", help="output folder (default %(default)s)")
+    calibrate.add_argument(
+        "--phantoms", metavar="DIR", help="more bases, as scripts/build_phantoms.py writes them"
+    )
+    calibrate.add_argument("--redraws", type=int, default=1000, help="per cell (default %(default)s)")
+    calibrate.add_argument("--workers", type=int, help="processes (default: one per core)")
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--json", action="store_true", help="print what was missed as JSON")
+    calibrate.set_defaults(command=_calibrate)
+
     store = commands.add_parser(
         "store", parents=[anywhere], help="size of the activation store, or emptying it"
     )
@@ -155,6 +174,25 @@ def _add_compare(commands: Any, anywhere: _Parser) -> None:
     compare.set_defaults(command=_compare)
 
 
+def _add_phantom(commands: Any, anywhere: _Parser) -> None:
+    phantom = commands.add_parser(
+        "phantom",
+        parents=[anywhere],
+        help="a twin of a checkpoint with a planted difference, to try the instrument on",
+        description="Writes DIR/base, DIR/aligned and DIR/truth.json; compare the two as you would any pair.",
+    )
+    phantom.add_argument("model", metavar="MODEL", help="hub id, or folder")
+    phantom.add_argument("--family", required=True, help="planted, erased, local, rotated, rescaled, …")
+    phantom.add_argument("--concept", help="a shipped concept")
+    phantom.add_argument("--stimuli", metavar="FILE", help="or stimuli of your own")
+    phantom.add_argument("--layer", type=int, help="0-based block (default: the middle one)")
+    phantom.add_argument("--keep", type=float, default=0.25, help="what is left of it (default %(default)s)")
+    phantom.add_argument("--seed", type=int, default=0)
+    phantom.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    phantom.add_argument("--json", action="store_true", help="print the truth as JSON")
+    phantom.set_defaults(command=_phantom)
+
+
 def _split(values: Sequence[str], option: str) -> tuple[str, ...]:
     parts = tuple(part.strip() for value in values for part in value.split(","))
     if "" in parts:
@@ -167,11 +205,14 @@ def _split(values: Sequence[str], option: str) -> tuple[str, ...]:
 def _demo(args: argparse.Namespace) -> int:
     from empathy_probes.attenuation import Settings
     from empathy_probes.design import design_study
+    from empathy_probes.grammar import neutral_texts
     from empathy_probes.phantoms import load_phantom, load_phantom_concepts, phantom_truth
     from empathy_probes.study import run_study
 
     targets, controls = load_phantom_concepts(DEMO_SCENARIOS)
-    design = design_study(load_phantom(DEMO_PHANTOM), targets, controls, template="raw")
+    design = design_study(
+        load_phantom(DEMO_PHANTOM), targets, controls, template="raw", neutral=neutral_texts(DEMO_NEUTRAL)
+    )
     study = run_study(
         design, Settings(), args.out, name="Demo: a planted attenuation of valence", store=args.store,
         planted=phantom_truth(DEMO_PHANTOM),
@@ -296,6 +337,71 @@ def _concepts(args: argparse.Namespace) -> int:
         print(
             f"{row['name']:<12} {row['n_scenarios']:>4} scenarios  {row['speaker']:<12} {row['digest'][:12]}  {what}"
         )
+    return 0
+
+
+def _phantom(args: argparse.Namespace) -> int:
+    from empathy_probes.concepts import load_concept_file
+    from empathy_probes.ledger import percent
+    from empathy_probes.phantoms import build_phantom
+
+    if args.concept and args.stimuli:
+        raise InputError("phantom got --concept and --stimuli, expected one of them; drop the other")
+    concept: Any = args.concept
+    if args.stimuli:
+        found = load_concept_file(args.stimuli)
+        if len(found) > 1:
+            raise InputError(f"{args.stimuli} holds {len(found)} concepts, expected one; split the file")
+        concept = found[0]
+    out = build_phantom(
+        args.model, family=args.family, concept=concept, layer=args.layer, keep=args.keep, seed=args.seed, out=args.out
+    )  # fmt: skip
+    truth = json.loads((out / "truth.json").read_text(encoding="utf8"))
+    if args.json:
+        print(json.dumps({"out": str(out), "truth": truth}, ensure_ascii=False))
+        return 0
+    print(f"{args.family}: {out / 'base'} and {out / 'aligned'}")
+    curve = {k: v for k, v in truth["attenuation_by_layer"].items() if v is not None}
+    if curve:
+        shown = ", ".join(f"block {k} {percent(v)}" for k, v in curve.items() if int(k) >= 0)
+        print(
+            f"Attenuation of {getattr(concept, 'name', concept)}, measured on {truth['n_scenarios']} scenarios: {shown}."
+        )
+    print(f"Try it: empathy-probes compare {out / 'base'} {out / 'aligned'}{_same_texts(args)}")
+    return 0
+
+
+def _same_texts(args: argparse.Namespace) -> str:
+    if args.stimuli:
+        return f" --stimuli {args.stimuli}"
+    return f" --concepts {args.concept}" if args.concept else ""
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from empathy_probes.calibration import calibrate
+    from empathy_probes.scorepage import write_scorecard
+
+    card = calibrate(
+        args.out, quick=args.quick, phantoms=args.phantoms, redraws=args.redraws, workers=args.workers, seed=args.seed
+    )  # fmt: skip
+    page = write_scorecard(card, Path(args.out) / "scorecard.html")
+    judged = [row for row in card.rows if row.met is not None]
+    if args.json:
+        missed = [{"family": r.family, "architecture": r.architecture, "concept": r.concept, "n": r.n, "metric": r.metric,
+                   "value": r.value, "lower": r.lower, "upper": r.upper, "target": r.target} for r in card.missed]  # fmt: skip
+        print(
+            json.dumps({"out": str(args.out), "report": str(page), "judged": len(judged), "missed": missed})
+        )
+        return 0
+    print(
+        f"{len(judged) - len(card.missed)} of {len(judged)} targets met on {card.provenance['pairs']} pairs."
+    )
+    for r in card.missed:
+        what = " ".join(part for part in (r.family, r.concept) if part)
+        print(
+            f"missed: {r.metric} {r.value:.3f} [{r.lower:.3f}, {r.upper:.3f}], target {r.target}: {what}, {r.architecture}, n = {r.n}"
+        )
+    print(f"Scorecard: {page}")
     return 0
 
 

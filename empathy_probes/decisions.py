@@ -72,6 +72,8 @@ class Judgement:
     """The same, where the spread between controls is what hinders; NaN elsewhere."""
     onset: LayerSet
     """First layer attenuated beyond the margin (headline quantity)."""
+    loss: LayerSet
+    """Last layer attenuated beyond the margin: before the last layer, the concept comes back."""
     peak: LayerSet
     """Layers that may be the most attenuated (headline quantity)."""
 
@@ -295,7 +297,7 @@ def _judge_one(
     limit = np.where(enough, specific_margin, margin)
     decision, within = _decide(headline, outside, silent & ~target.has_form("identical"), margin, limit)
     needs = _needs(target, reference, enough, headline.critical, decision, within, margin, limit)
-    onset, peak = _locate(view, reference)
+    onset, loss, peak = _locate(view, reference)
     extra = flag_layers(
         {
             "no_controls": np.full(n_layers, reference is None),
@@ -321,6 +323,7 @@ def _judge_one(
         scenarios_needed=needs[1],
         controls_needed=needs[2],
         onset=onset,
+        loss=loss,
         peak=peak,
     )
 
@@ -334,8 +337,8 @@ def _prediction(target: Contrast, reference: Reference, tail: float) -> tuple[Cu
     return attenuation_curve(reach * 0, -reach, reach), (low > 0) | (high < 0)
 
 
-def _locate(view: _View, reference: Reference | None) -> tuple[LayerSet, LayerSet]:
-    """Onset and peak of the headline quantity; layers without it, in a study with controls, stay open."""
+def _locate(view: _View, reference: Reference | None) -> tuple[LayerSet, LayerSet, LayerSet]:
+    """Onset, loss layer and peak of the headline quantity; without it, in a study with controls, layers stay open."""
     target, enough = view.target, view.enough
     square = np.where(target.has_form("blank"), np.nan, _square_keep(target))
     draws, back = view.sums, float(critical_t(target.n - 1))
@@ -344,11 +347,15 @@ def _locate(view: _View, reference: Reference | None) -> tuple[LayerSet, LayerSe
         draws, back = view.errors, float(distributions.norm.isf(0.025))
     # Nothing can begin where the base does not carry the contrast, such as a last token that all texts share.
     carried = np.array(["base_not_detected" not in flags for flags in target.flags])
-    onset = LayerSet((), includes_none=True)
+    onset = loss = LayerSet((), includes_none=True)
     if carried.any():
         layers = [layer for layer, there in zip(target.layers, carried, strict=True) if there]
-        onset = onset_set(view.statistics[carried], draws[:, carried], back, layers)
-    return onset, peak_set(-square, -view.ratio_errors, target.layers)
+        statistics, draws = view.statistics[carried], draws[:, carried]
+        onset = onset_set(statistics, draws, back, layers)
+        # The last layer is the first one of the reversed curve.
+        reverse = onset_set(statistics[::-1], draws[:, ::-1], back, layers[::-1])
+        loss = LayerSet(reverse.members[::-1], reverse.includes_none)
+    return onset, loss, peak_set(-square, -view.ratio_errors, target.layers)
 
 
 def _decide(

@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from empathy_probes.concepts import Concept
+from empathy_probes.concepts import Concept, load_neutral
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import check_prompts
 from empathy_probes.models import Model
 from empathy_probes.pairs import ModelPair
 from empathy_probes.prompts import RenderedPrompt, Style, has_chat_template, render
 from empathy_probes.sites import COMPONENTS
+from empathy_probes.stimuli import Stimulus, StimulusSet
 
 TEMPLATES = ("raw", "shared", "own", "both")
 MIN_SCENARIOS = 30
+FEWEST_NEUTRAL = 50
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Design:
     layers: tuple[int, ...]
     """−1 (the input of block 0) and the blocks asked for."""
     prompts: Mapping[tuple[str, str], tuple[tuple[RenderedPrompt, ...], tuple[RenderedPrompt, ...]]]
-    """Per (concept, template): as the base and as the aligned model see them."""
+    """Per (concept or neutral set, template): as the base and as the aligned model see them."""
+    neutral_names: tuple[str, ...]
+    """The neutral sets, one per kind of read position."""
     flags: tuple[str, ...]
 
 
@@ -47,8 +51,11 @@ def design_study(
     template: str = "both",
     sites: Sequence[str] = ("resid_post",),
     layers: Sequence[int] | None = None,
+    neutral: Sequence[str] | None = None,
 ) -> Design:
     """Resolve templates, layers and prompts, and refuse everything that cannot be measured.
+
+    `neutral` are texts of no concept, for the map between models and the covariance; the shipped ones by default.
 
     Raises:
         InputError: a concept, template, site, layer or text cannot be used; the message says which.
@@ -72,11 +79,45 @@ def design_study(
             f"'{pair.base.name}'; choose among those"
         )
     templates, flags = _templates(pair, template)
-    prompts = {}
-    for concept in everything:
-        for chosen in templates:
-            prompts[concept.name, chosen] = _render_pair(pair, concept, chosen)
-    return Design(pair, everything, templates, tuple(dict.fromkeys(sites)), (-1, *blocks), prompts, flags)
+    texts = load_neutral() if neutral is None else tuple(neutral)
+    if len(texts) < FEWEST_NEUTRAL:
+        raise InputError(
+            f"{len(texts)} neutral texts were given, expected at least {FEWEST_NEUTRAL}; give more or leave them out for "
+            "the shipped ones"
+        )
+    # Read where concepts are read: states of the last token and means over a span differ in size and spread.
+    neutral_sets = {neutral_name(concept): _neutral_set(texts, concept) for concept in everything}
+    prompts = {
+        (asked.name, chosen): _render_pair(pair, asked, chosen)
+        for asked in (*everything, *neutral_sets.values())
+        for chosen in templates
+    }
+    return Design(
+        pair,
+        everything,
+        templates,
+        tuple(dict.fromkeys(sites)),
+        (-1, *blocks),
+        prompts,
+        tuple(neutral_sets),
+        flags,
+    )
+
+
+def neutral_name(concept: Concept) -> str:
+    """Name of the neutral set that is read like this concept."""
+    return f"neutral ({'last token' if concept.stimuli.read_kind == 'last' else 'mean'}, {concept.speaker})"
+
+
+def _neutral_set(texts: Sequence[str], concept: Concept) -> Concept:
+    last = concept.stimuli.read_kind == "last"
+    items = tuple(
+        Stimulus(id=f"neutral-{i}", scenario=f"neutral-{i}", messages=(), text=text, label=0.0, frame="", cluster="",
+                 read=None if last else text, readout=None)
+        for i, text in enumerate(texts)
+    )  # fmt: skip
+    stimuli = StimulusSet(neutral_name(concept), items, "binary", "last" if last else "span")
+    return Concept(neutral_name(concept), "control", "", "", concept.speaker, "", stimuli)
 
 
 def _check_concept(concept: Concept, everything: Sequence[Concept]) -> None:

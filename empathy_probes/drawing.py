@@ -108,13 +108,13 @@ class Grid:
 def svg(figure: Figure) -> str:
     """A figure as SVG text: equal figures give equal bytes (no date, fixed ids)."""
     buffer = io.StringIO()
-    with _settings():
+    with settings():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def settings() -> Iterator[None]:
     """Our settings on top of matplotlib's defaults, whatever the user has set; theirs come back."""
     with matplotlib.rc_context():
         matplotlib.rcParams.update({k: v for k, v in matplotlib.rcParamsDefault.items() if k != "backend"})
@@ -127,7 +127,7 @@ def draw_sheet(sheet: Sheet) -> Figure:
 
     Places are set in inches: a layout engine draws every figure twice, and a report has dozens.
     """
-    with _settings():
+    with settings():
         heights = [2.2 if "lost" in panel.title else 1.45 for panel in sheet.panels]
         width, gap, above, below = 7.2, 0.78, 1.0, 1.12
         height = sum(heights) + gap * (len(heights) - 1) + above + below
@@ -186,7 +186,7 @@ def _draw_panel(axes: Axes, panel: Panel, x: Float[np.ndarray, " layer"], last: 
 
 
 def draw_grid(grid: Grid) -> Figure:
-    with _settings():
+    with settings():
         rows, columns = grid.values.shape
         figure = Figure(figsize=(7.2, 1.5 + 0.3 * rows), layout="constrained")
         FigureCanvasAgg(figure)

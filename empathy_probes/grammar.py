@@ -197,16 +197,21 @@ def neutral_texts(n: int, seed: int = 0) -> list[str]:
     return [user_text(draw_scene(np.random.default_rng([seed, i, 1]))) for i in range(n)]
 
 
-def stimuli_rows(concept: str, n_scenarios: int, seed: int = 0) -> list[dict[str, Any]]:
+def stimuli_rows(
+    concept: str, n_scenarios: int, seed: int = 0, nuisance: float = 0.0, doubt: float = 0.0
+) -> list[dict[str, Any]]:
     """Return minimal pairs for a binary concept, or the eight texts per scenario of `emotion`.
 
     Args:
         concept: one of `CONCEPTS`, or "emotion" (string labels).
         n_scenarios: how many independent scenes.
         seed: the same seed gives the same rows; different concepts and scenarios are independent draws.
+        nuisance: probability with which anything else about a text is drawn anew, as in pairs that people write: with
+            0 only the concept varies within a scenario, with 1 its texts have nothing else in common.
+        doubt: probability with which a text shows a label drawn at random instead of its own: what a probe cannot tell.
 
     Returns:
-        Rows with `id, scenario, text, label, frame, concept`; within a scenario only the concept varies.
+        Rows with `id, scenario, text, label, frame, concept`.
 
     Raises:
         InputError: the grammar has no such concept.
@@ -221,7 +226,12 @@ def stimuli_rows(concept: str, n_scenarios: int, seed: int = 0) -> list[dict[str
         scene = draw_scene(rng, concept)
         frame = f"{scene.order}-{_pick(scene, 'action', ACTION[0]).split('/')[0]}"
         scenario = f"{concept}-{seed}-{i}"
-        for label, variant in _variants(scene, concept):
+        variants = _variants(scene, concept)
+        for place, (label, variant) in enumerate(variants):
+            if doubt and rng.random() < doubt:
+                variant = variants[int(rng.integers(len(variants)))][1]
+            if nuisance and place:
+                variant = _disturbed(variant, concept, nuisance, rng)
             rows.append({"id": f"{scenario}-{label}", "scenario": scenario, "text": user_text(variant),
                          "label": label, "frame": frame, "concept": concept})  # fmt: skip
     return rows
@@ -258,6 +268,20 @@ def _variants(scene: Scene, concept: str) -> list[tuple[int | str, Scene]]:
     return [
         (label, scene.with_value(concept, 3 * label if concept == "intensity" else label)) for label in (1, 0)
     ]
+
+
+def _disturbed(scene: Scene, concept: str, nuisance: float, rng: np.random.Generator) -> Scene:
+    """Draw each factor but the concept, each choice of wording and what is told anew with probability `nuisance`."""
+    fresh = draw_scene(rng, concept)
+    # The emotion is one of four within a valence: whichever valence a text shows, any of them may stand there.
+    fixed = {concept, "valence"} if concept == "emotion" else {concept}
+    values = {name: fresh.values[name] if name not in fixed and rng.random() < nuisance else value
+              for name, value in scene.values.items()}  # fmt: skip
+    picks = {
+        slot: fresh.picks[slot] if rng.random() < nuisance else pick for slot, pick in scene.picks.items()
+    }
+    other = fresh if rng.random() < nuisance else scene
+    return Scene(values, other.told, other.order, picks)
 
 
 def _pick(scene: Scene, slot: str, row: tuple[str, ...]) -> str:

@@ -442,6 +442,43 @@ def load_model(
     return model
 
 
+def open_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
+    """Read a checkpoint as data: its configuration, its tensors in float32 (a tied head included), its tokenizer.
+
+    Args:
+        source: a hub id, `ID@REVISION` or a folder.
+
+    Raises:
+        InputError: nothing loadable is there.
+    """
+    path, _, revision = str(source).partition("@") if not Path(source).exists() else (str(source), "", "")
+    hf_model, tokenizer = _from_pretrained(path, revision or None, "float32", False)
+    tensors = {name: tensor.detach().clone() for name, tensor in hf_model.state_dict().items()}
+    return hf_model.config.to_dict(), tensors, tokenizer
+
+
+def build_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """A Hugging Face model with this configuration and exactly these tensors.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    plain = {key: value for key, value in config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
+    hf_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(str(config["model_type"]), **plain))
+    report = hf_model.load_state_dict(dict(tensors), strict=False)
+    if report.missing_keys or report.unexpected_keys:
+        raise ValueError(f"tensors missing {report.missing_keys}, unknown {report.unexpected_keys}")
+    return hf_model.float().eval()
+
+
+def save_checkpoint(hf_model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Write an ordinary checkpoint folder: config, safetensors, tokenizer."""
+    hf_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _checked_device(device: str | None) -> str:
     """The device asked for, once a tensor could be put there; the best one where none was."""
     if device is None:

@@ -1,89 +1,293 @@
-"""Pairs of small models whose difference is known because it was planted.
+"""Pairs of small models whose difference is known because it was planted, shipped and made from any checkpoint.
 
-A family ships as one base checkpoint and, per twin, only the tensors that differ; `write_phantom` makes both
-ordinary checkpoint folders out of them. The truth was measured on fresh scenarios when the twin was made
-(`scripts/build_phantoms.py`), not taken from what was intended.
+A phantom is an ordinary pair of checkpoints. The shipped ones are a base trained on the grammar and twins made of it by
+`planting`; `build_phantom` does the same to a checkpoint of one's own, so that the instrument can be tried on it before a
+result about it is believed. The truth is measured on the twin (on thousands of fresh scenarios where the grammar can
+make them), not taken from what was intended.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file, save_file
+import numpy as np
 
-from empathy_probes.concepts import Concept
+from empathy_probes.concepts import Concept, load_concept, load_controls, load_targets
 from empathy_probes.errors import InputError
+from empathy_probes.extraction import extract
 from empathy_probes.grammar import CONTROLS, TARGETS, stimuli_rows
-from empathy_probes.models import load_model
-from empathy_probes.pairs import ModelPair, make_pair
+from empathy_probes.kernels import pair_kernels, strength_kernels
+from empathy_probes.models import build_checkpoint, load_model, open_checkpoint, save_checkpoint
+from empathy_probes.pairs import ModelPair
+from empathy_probes.planting import (
+    EXACT_BEFORE,
+    NEED_CONCEPT,
+    check_order,
+    list_bases,
+    make_twin,
+    mean_differences,
+    open_twin,
+    twin_checkpoints,
+)
+from empathy_probes.prompts import render
+from empathy_probes.redraws import sample_of
+from empathy_probes.stats import critical_t
 from empathy_probes.stimuli import stimuli_from_rows
+from empathy_probes.store import open_store
+from empathy_probes.surgery import Checkpoint
 
-
-def _family() -> Path:
-    return Path(str(files("empathy_probes"))) / "data" / "phantoms" / "llama"
+PLANTED = {
+    "planted-valence": ("llama-0", "planted", "valence", 3, 0.25),
+    "planted-valence-k1": ("llama-0", "planted", "valence", 1, 0.25),
+    "planted-valence-k4": ("llama-0", "planted", "valence", 4, 0.25),
+}
+"""Shipped twins: base, family, concept, block, what is kept."""
+TRUTH_SEED, TRUTH_SCENARIOS, TRUTH_OTHERS = 1000, 4000, 1000
+FEW = 500
+VERDICTS = {
+    "identical": "preserved", "rescaled": "preserved", "template_shift": "preserved", "rotated": "rotated",
+    "generic_gain": "generic_drift", "planted": "erased", "erased": "erased", "local": "local",
+    "unread": "encoded_unread", "unsaid": "used_unsaid",
+}  # fmt: skip
+"""What the ledger should say of each family once all stages are run."""
+# The same text in two frames; both are words of the phantoms' grammar too.
+FRAMES = (
+    "{% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}",
+    "We met . {% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}",
+)
 
 
 def list_phantoms() -> tuple[str, ...]:
     """Names of the shipped twins."""
-    return tuple(sorted(path.name.removesuffix(".truth.json") for path in _family().glob("*.truth.json")))
+    return tuple(sorted(PLANTED))
 
 
 def phantom_truth(name: str) -> dict[str, Any]:
-    """What was planted in a twin, as measured: the contract's `truth.json`.
+    """What was planted in a shipped twin, as measured: the contract's `truth.json`.
 
     Raises:
         InputError: there is no twin of that name.
     """
-    if name not in list_phantoms():
+    _check(name)
+    path = Path(str(files("empathy_probes"))) / "data" / "phantoms" / "llama" / f"{name}.truth.json"
+    return json.loads(path.read_text(encoding="utf8"))
+
+
+def _check(name: str) -> None:
+    if name not in PLANTED:
         raise InputError(
             f"unknown phantom '{name}': expected one of {', '.join(list_phantoms())}; choose one of these"
         )
-    return json.loads((_family() / f"{name}.truth.json").read_text(encoding="utf8"))
-
-
-def write_phantom(name: str, out: str | Path) -> Path:
-    """Write `out/base`, `out/aligned` and `out/truth.json`: checkpoints any loader opens."""
-    truth, out = phantom_truth(name), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for side in ("base", "aligned"):
-        shutil.copytree(_family() / "base", out / side, dirs_exist_ok=True)
-    weights = out / "aligned" / "model.safetensors"
-    tensors = load_file(weights) | load_file(_family() / f"{name}.safetensors")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    (out / "truth.json").write_text(json.dumps(truth, indent=1), encoding="utf8")
-    return out
 
 
 def load_phantom(name: str) -> ModelPair:
-    """Load a shipped base and its twin as a pair.
+    """Make a shipped base and its twin, and load them as a pair.
 
     Raises:
         InputError: there is no twin of that name.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        out = write_phantom(name, folder)
-        base = load_model(out / "base", name="phantom base", device="cpu")
-        aligned = load_model(out / "aligned", name=f"phantom {name}", device="cpu")
-    return make_pair(base, aligned)
+    _check(name)
+    base, family, concept, layer, keep = PLANTED[name]
+    return open_twin(list_bases()[base], family, concept, layer, keep)
+
+
+def write_phantom(name: str, out: str | Path) -> Path:
+    """Write `out/base`, `out/aligned` and `out/truth.json`: checkpoints any loader opens.
+
+    Raises:
+        InputError: there is no twin of that name, or something is at `out` already.
+    """
+    truth = phantom_truth(name)
+    base, family, concept, layer, keep = PLANTED[name]
+    *pair, tokenizer = twin_checkpoints(list_bases()[base], family, concept, layer, keep)
+    return _write(Path(out), pair, (tokenizer, tokenizer), truth)
+
+
+def measure_phantom(name: str) -> dict[str, Any]:
+    """Measure the truth of a shipped twin on fresh scenarios of the grammar."""
+    base, family, concept, layer, keep = PLANTED[name]
+    targets, controls = load_phantom_concepts(TRUTH_OTHERS, TRUTH_SEED)
+    own = load_phantom_concepts(TRUTH_SCENARIOS, TRUTH_SEED, names=(concept,))[0][0]
+    others = [c for c in (*targets, *controls) if c.name != concept]
+    pair = open_twin(list_bases()[base], family, concept, layer, keep)
+    return measure_truth(pair, family, own, others, layer, keep, TRUTH_SEED)
 
 
 def load_phantom_concepts(
-    n_scenarios: int = 100, seed: int = 0
+    n_scenarios: int = 100,
+    seed: int = 0,
+    nuisance: float = 0.0,
+    doubt: float = 0.0,
+    names: Sequence[str] = (*TARGETS, *CONTROLS),
 ) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
     """Targets and controls of the grammar that phantoms were trained on, from fresh scenarios.
 
     Args:
         n_scenarios: per concept.
         seed: of the scenarios; another seed gives other scenarios.
+        nuisance: probability with which anything but the concept differs between the texts of a scenario.
+        doubt: probability with which a text shows a label drawn at random.
+        names: which of them.
     """
 
     def concept(name: str, role: Any) -> Concept:
-        stimuli = stimuli_from_rows(stimuli_rows(name, n_scenarios, seed), name)
+        stimuli = stimuli_from_rows(stimuli_rows(name, n_scenarios, seed, nuisance, doubt), name)
         return Concept(name, role, "", "", "user", f"{name} in the phantom grammar", stimuli)
 
-    return tuple(concept(n, "target") for n in TARGETS), tuple(concept(n, "control") for n in CONTROLS)
+    targets = tuple(concept(n, "target") for n in TARGETS if n in names)
+    return targets, tuple(concept(n, "control") for n in CONTROLS if n in names)
+
+
+# ---------------------------------------------------------------- from any checkpoint
+
+
+def build_phantom(
+    model: str | Path,
+    *,
+    family: str,
+    out: str | Path,
+    concept: Concept | str | None = None,
+    layer: int | None = None,
+    keep: float = 0.25,
+    others: Sequence[Concept] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Make a twin with planted truth from a checkpoint, so that the instrument can be tried on it first.
+
+    Args:
+        model: hub id or folder.
+        family: what is done to the twin (`planting.FAMILIES`).
+        out: folder for `base`, `aligned` and `truth.json`; new or empty.
+        concept: what is planted; the name of a shipped concept, or one's own. Its texts measure the truth too.
+        layer: 0-based block; the middle one by default, the last one for `unsaid`.
+        keep: what is left of the concept there, 0 to 1.
+        others: concepts to leave alone; the other shipped ones by default.
+        seed: of random choices.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: something cannot be done; nothing has been written then.
+    """
+    out = Path(out)
+    _check_free(out)
+    config, tensors, tokenizer = open_checkpoint(model)
+    checkpoint = Checkpoint(config, tensors)
+    asked = load_concept(concept) if isinstance(concept, str) else concept
+    place = check_order(checkpoint, family, asked, layer, keep)
+    running = load_model(model, device="cpu", dtype="float32")
+    around = _others(asked) if others is None else others
+    store = open_store("memory://phantom")
+    guards = []
+    if family in NEED_CONCEPT:
+        guards = [mean_differences(running, c, store)[place] for c in around if c.stimuli.kind == "binary"]
+    made = make_twin(checkpoint, running, family, asked, guards, place, keep, seed)
+    pair = ModelPair(*(
+        load_model((build_checkpoint(c.config, c.tensors), tokenizer), device="cpu", copy=False, name=side)
+        for c, side in zip(made, ("base", "aligned"), strict=True)
+    ))  # fmt: skip
+    has_keep = family in ("planted", "local", "erased", "generic_gain")
+    keep = 0.0 if family == "erased" else keep
+    truth = measure_truth(pair, family, asked, around, place if family in NEED_CONCEPT else None,
+                          keep if has_keep else None, seed)  # fmt: skip
+    return _write(out, made, _framed(family, tokenizer), truth)
+
+
+def _others(concept: Concept | None) -> list[Concept]:
+    return [c for c in (*load_targets(), *load_controls()) if concept is None or c.name != concept.name]
+
+
+def _framed(family: str, tokenizer: Any) -> tuple[Any, Any]:
+    import copy
+
+    if family != "template_shift":
+        return tokenizer, tokenizer
+    both = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    for one, frame in zip(both, FRAMES, strict=True):
+        one.chat_template = frame
+    return both
+
+
+def measure_truth(
+    pair: ModelPair,
+    family: str,
+    concept: Concept | None,
+    others: Sequence[Concept],
+    layer: int | None,
+    keep: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Measure what a twin does to a concept and to others at every block: the contract's `truth.json`.
+
+    Raises:
+        InputError: blocks before the planted one differ, so that the twin is not what it should be.
+    """
+    curves: dict[str, dict[str, float | None]] = {}
+    for asked in (*([concept] if concept else []), *others):
+        if asked.stimuli.kind == "binary":
+            curves[asked.name] = _attenuation(pair, asked)
+    own = curves.pop(concept.name, {}) if concept else {}
+    if layer is not None and family in EXACT_BEFORE and any(own[str(i)] for i in range(-1, layer)):
+        raise InputError(
+            f"the twin differs before block {layer} ({own}), expected exactly 0 there; this architecture cannot be edited so"
+        )
+    at = own.get(str(layer))
+    return {
+        "schema_version": 1, "family": family, "concept": concept.name if concept and family in NEED_CONCEPT else None,
+        "layer": layer, "keep_intended": keep,
+        "keep_achieved": None if keep is None or at is None else round(1 - at, 4), "attenuation_by_layer": own,
+        "positions": "read" if family == "local" else "all",
+        "n_scenarios": concept.stimuli.n_scenarios if concept else None, "seed": seed,
+        "verdict": VERDICTS.get(family), "other_concepts": curves,
+        "n_scenarios_other": max((c.stimuli.n_scenarios for c in others), default=0),
+    }  # fmt: skip
+
+
+def _attenuation(pair: ModelPair, concept: Concept) -> dict[str, float | None]:
+    """Attenuation of the strength after each block; None where the base carries nothing to lose."""
+    layers = tuple(range(-1, pair.base.n_layers))
+    store = open_store("memory://truth")
+    acts = []
+    for model in pair.models:
+        prompts = render(model.tokenizer, concept.stimuli, "raw", concept.speaker)
+        acts.append(extract(model, prompts, ("resid_post",), layers, store)["resid_post"])
+        store.clear()
+    sample = sample_of(concept, acts)
+    base, aligned = sample.u
+    same = (sample.differences[0] == sample.differences[1]).all((0, 2))
+    detected = base > 0
+    if sample.n <= FEW:  # with thousands of scenarios every base that is positive is detected
+        pair_ = pair_kernels(
+            *(strength_kernels(d, q) for d, q in zip(sample.differences, sample.squares, strict=True))
+        )
+        detected = pair_.u[0] > critical_t(sample.n - 1) * pair_.se[0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lost = np.where(same, 0.0, np.where(detected, 1 - np.sqrt(np.maximum(aligned, 0) / base), np.nan))
+    return {str(i): round(float(x), 4) if np.isfinite(x) else None for i, x in zip(layers, lost, strict=True)}
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"'{out}' is there already, expected a new or empty folder; choose another --out")
+
+
+def _write(out: Path, pair: Sequence[Checkpoint], tokenizers: Sequence[Any], truth: dict[str, Any]) -> Path:
+    """Write a phantom whole or not at all."""
+    _check_free(out)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for side, checkpoint, tokenizer in zip(("base", "aligned"), pair, tokenizers, strict=True):
+        save_checkpoint(build_checkpoint(checkpoint.config, checkpoint.tensors), tokenizer, unfinished / side)
+    (unfinished / "truth.json").write_text(
+        json.dumps(truth, indent=1, ensure_ascii=False) + "\n", encoding="utf8"
+    )
+    if out.exists():
+        out.rmdir()
+    unfinished.rename(out)
+    return out

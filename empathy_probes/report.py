@@ -86,12 +86,12 @@ def render_report(study: Tables) -> str:
     sections = [
         section for name in _table_names(study) for section in SECTIONS.get(name, _plain_table(name))(study)
     ]
-    script = _template_text("report.js")
+    script = template_text("report.js")
     scripts = (plotly_js(), script)
     flags = sorted({f for frame in study.tables.values() if "flags" in frame for v in frame["flags"].unique() for f in
                     wording.split_flags(v)})  # fmt: skip
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             study=study,
@@ -104,8 +104,8 @@ def render_report(study: Tables) -> str:
             used_flags=flags,
             models=_models(study.manifest),
             scripts=[Markup(s) for s in scripts],
-            hashes=[_hash(s) for s in scripts],
-            css=Markup(_template_text("report.css")),
+            hashes=[script_hash(s) for s in scripts],
+            css=Markup(template_text("report.css")),
             record=json.dumps(study.manifest, indent=1, ensure_ascii=False, default=str),
         )
     )
@@ -136,7 +136,7 @@ def finding_html(finding: Any) -> str:
     """
     frame = finding.to_frame()
     rows = frame[(frame["measure"] == "strength") & (frame["role"] == "target")]
-    image = _uri(svg(plots.plot(finding)))
+    image = image_uri(svg(plots.plot(finding)))
     return str(_parts().notebook(image, tables.table_rows(rows), tables.table_head(rows)))
 
 
@@ -301,7 +301,13 @@ def _make_picture(name: str, alt: str, caption: str, static: Any, live: Any) -> 
     if legend:
         live.update_layout(showlegend=False, margin_b=48, height=live.layout.height - 36)
     return Picture(
-        name, alt, caption, _uri(svg(static)), _json(live.to_json()), int(live.layout.height), tuple(legend)
+        name,
+        alt,
+        caption,
+        image_uri(svg(static)),
+        _json(live.to_json()),
+        int(live.layout.height),
+        tuple(legend),
     )
 
 
@@ -332,11 +338,12 @@ def _json(text: str) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _uri(image: str) -> str:
+def image_uri(image: str) -> str:
+    """An SVG as a data URI."""
     return "data:image/svg+xml;base64," + base64.b64encode(image.encode()).decode()
 
 
-def _hash(script: str) -> str:
+def script_hash(script: str) -> str:
     """What the content security policy knows a script by."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
@@ -354,22 +361,24 @@ def plotly_js() -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Where the page templates are."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("empathy_probes"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals["explain"] = wording.explain
-    environment.globals["glossary"] = wording.FLAGS
-    environment.filters["plain"] = wording.plain
-    return environment
+    made.globals["explain"] = wording.explain
+    made.globals["glossary"] = wording.FLAGS
+    made.filters["plain"] = wording.plain
+    return made
 
 
-def _template_text(name: str) -> str:
-    loader = _environment().loader
+def template_text(name: str) -> str:
+    """A template, script or style sheet as it stands."""
+    loader = environment().loader
     assert loader is not None  # set three lines above
-    return loader.get_source(_environment(), name)[0]
+    return loader.get_source(environment(), name)[0]
 
 
 def _parts() -> Any:
-    return _environment().get_template("parts.html.j2").module
+    return environment().get_template("parts.html.j2").module

@@ -18,21 +18,22 @@ FLOORS = (
     {"errors"},
     {"stats", "sites", "interventions", "store", "batches"},
     {"kernels", "stimuli", "activations", "grammar"},
-    {"prompts", "probes", "concepts", "contrasts"},
-    {"models", "controls"},
-    {"pairs", "extraction", "decisions"},
-    {"design"},
-    {"attenuation"},
-    {"ledger", "phantoms", "specs"},
-    {"study"},
+    {"prompts", "probes", "concepts", "contrasts", "surgery", "alignment"},
+    {"models", "controls", "geometry", "nulls"},
+    {"pairs", "extraction", "decisions", "measurements"},
+    {"design", "planting", "redraws", "rows"},
+    {"attenuation", "scorecard"},
+    {"ledger", "phantoms", "specs", "attacks"},
+    {"study", "calibration"},
     {"wording", "drawing"},
     {"tables"},
     {"plots"},
     {"report"},
+    {"scorepage"},
     {"cli"},
 )
 # One-line methods of results that show themselves.
-LATE = {("attenuation", "plots"), ("attenuation", "report")}
+LATE = {("attenuation", "plots"), ("attenuation", "report"), ("scorecard", "scorepage")}
 
 
 def floor_of(module: str) -> int:

@@ -16,17 +16,19 @@ from empathy_probes.attenuation import (
     Finding,
     load_finding,
     measure_attenuation,
-    scenario_differences,
 )
 from empathy_probes.concepts import Concept
 from empathy_probes.design import design_study
 from empathy_probes.errors import InputError
 from empathy_probes.ledger import headlines, ledger_frame
+from empathy_probes.measurements import scenario_differences
 from empathy_probes.models import Model
 from empathy_probes.pairs import ModelPair, load_pair
 from empathy_probes.report import write_report
 from empathy_probes.stimuli import stimuli_from_rows
 from empathy_probes.study import Study, load_study
+
+NEUTRAL = [row["text"] for row in rows(40, 77, "neutral")]
 
 
 def concept(n: int = 40, seed: int = 0, name: str = "demo", role: Any = "target") -> Concept:
@@ -46,7 +48,7 @@ def measure(pair: ModelPair, tmp_path: Path, *concepts: Concept, **options: Any)
         pair,
         concepts or (concept(),),
         store=str(tmp_path / "store"),
-        **{"template": "raw", "draws": 199, **options},
+        **{"template": "raw", "draws": 199, "neutral": NEUTRAL, **options},
     )
 
 
@@ -233,7 +235,9 @@ def test_rows_follow_the_contract(tmp_path: Path) -> None:
     assert words.layer.isna().all() and words.depth.isna().all() and (words["flags"] == "lexical_floor").all()
     controls = frame[frame.role == "control"]
     assert controls[["specific", "specific_lower", "specific_upper"]].isna().all(axis=None)
-    blanks = frame[frame.attenuation.isna() & (frame.site != "text")]
+    # A cosine and a transfer have no ratio.
+    ratio = ~frame.measure.str.contains("cosine|transfer")
+    blanks = frame[frame.attenuation.isna() & (frame.site != "text") & ratio]
     assert (blanks["flags"] != "").all(), "a blank has a flag that says why"
     targets = strength(finding)[(strength(finding).role == "target") & (strength(finding).layer >= 0)]
     assert (targets.decision == "").all() and targets["flags"].str.contains("few_controls").all()
@@ -255,7 +259,7 @@ def test_every_site_is_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.Monk
     pair = pair_of(tiny_llama(0), tiny_llama(1))
     ran.clear()  # loading checks itself with a run
     measure(pair, tmp_path, sites=("resid_post", "mlp_out", "attn_out"))
-    assert len(ran) == 2
+    assert len(ran) == 4, "per model, one for the concept and one for the neutral texts"
 
 
 def test_two_models_without_any_contrast_are_not_called_equivalent(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from empathy_probes import cli
 from empathy_probes.attenuation import COLUMNS, ONSET_COLUMNS
+from empathy_probes.concepts import load_neutral
 from empathy_probes.errors import StoreError
 from empathy_probes.ledger import LEDGER_COLUMNS
 from empathy_probes.study import load_study
@@ -167,7 +168,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(models: Path, files: Path, c
     command = compare(models, "--stimuli", "colour.jsonl", "--dry-run", "--json")
     assert cli.main(command) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["prompts"] == 64 * 2 * 2 and plan["templates"] == ["raw", "shared"] and plan["seconds"] >= 0
+    assert (
+        plan["prompts"] == (64 + len(load_neutral())) * 2 * 2
+        and plan["templates"] == ["raw", "shared"]
+        and plan["seconds"] >= 0
+    )
     assert plan["layers"] == [-1, 0, 1, 2, 3]
     assert cli.main(command[:-1]) == 0
     assert "about" in capsys.readouterr().out
@@ -178,7 +183,9 @@ def test_store_info_and_clear(models: Path, files: Path, capsys: Any) -> None:
     cli.main(compare(models, "--stimuli", "colour.jsonl", "--template", "raw"))
     capsys.readouterr()
     assert cli.main(["store", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["entries"] == 2
+    assert (
+        json.loads(capsys.readouterr().out)["entries"] == 4
+    )  # the concept and the neutral texts, in two models
     assert cli.main(["store", "clear"]) == 0
     cli.main(["store", "info", "--json"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["entries"] == 0

@@ -13,9 +13,9 @@ from conftest import stimuli, tiny_llama, word_tokenizer
 
 from empathy_probes import extraction
 from empathy_probes.activations import Activations
-from empathy_probes.attenuation import scenario_differences
 from empathy_probes.errors import InputError, NonFiniteError
 from empathy_probes.extraction import check_prompts, extract, plan_extraction, request_key
+from empathy_probes.measurements import scenario_differences
 from empathy_probes.models import Model, load_model
 from empathy_probes.prompts import RenderedPrompt, render
 from empathy_probes.stimuli import StimulusSet

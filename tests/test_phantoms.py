@@ -7,18 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from empathy_probes.attenuation import Finding, measure_attenuation
 from empathy_probes.concepts import Concept
 from empathy_probes.errors import InputError
 from empathy_probes.phantoms import (
+    PLANTED,
     list_phantoms,
     load_phantom,
     load_phantom_concepts,
     phantom_truth,
     write_phantom,
 )
+from empathy_probes.planting import list_bases, twin_checkpoints
 
 TWINS = list_phantoms()
 SEEDS = range(5)
@@ -119,3 +122,11 @@ def test_a_written_phantom_is_two_checkpoints_any_loader_opens(twin: str, tmp_pa
 def test_an_unknown_phantom_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"unknown phantom 'x'.*planted-valence"):
         load_phantom("x")
+
+
+@pytest.mark.parametrize("twin", list_phantoms())
+def test_a_twin_differs_from_its_base_in_the_planted_block_alone(twin: str) -> None:
+    base, family, concept, layer, keep = PLANTED[twin]
+    one, other, _ = twin_checkpoints(list_bases()[base], family, concept, layer, keep)
+    changed = {name for name in one.tensors if not torch.equal(one.tensors[name], other.tensors[name])}
+    assert changed and all(name.startswith(f"model.layers.{layer}.mlp.") for name in changed)

@@ -1,0 +1,222 @@
+"""Mistakes made on purpose, and choices of the method taken out: what the scorecard looks like then.
+
+Attacks on the analyst: shuffled labels, a keyword that gives the label away, a template frame that differs between the
+models, texts missing in one model, correlated scenarios without `cluster`. Ablations: raw units instead of the rms, the
+gap along a cross-fitted direction instead of U, pointwise instead of simultaneous bands, isotropic instead of
+covariance-matched random directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float
+
+from empathy_probes.errors import InputError
+from empathy_probes.grammar import stimuli_rows
+from empathy_probes.kernels import pair_kernels
+from empathy_probes.nulls import direction_gaps
+from empathy_probes.probes import N_FOLDS, lexical_scores
+from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrast_of, redraw
+from empathy_probes.scorecard import Case, Row, Target, mean_row, proportion_row
+from empathy_probes.stats import auroc_interval, critical_t, grouped_folds
+
+CLUSTER = 5
+
+
+# ---------------------------------------------------------------- attacks
+
+
+def shuffled_labels(population: Population, n: int, redraws: int, seed: int) -> Outcomes:
+    """Judge redraws in which each scenario's labels are swapped or not by chance, alike in both models."""
+    rng = np.random.default_rng([seed, 21])
+    samples = []
+    for sample in population.samples:
+        sign = rng.choice([-1.0, 1.0], sample.n)[None, :, None, None].astype(sample.differences.dtype)
+        swapped = sample.differences * sign if sample.role == "target" else sample.differences
+        samples.append(replace(sample, differences=swapped))
+    return redraw(replace(population, samples=tuple(samples)), n, redraws, seed)
+
+
+def keyword_leak(n: int, draws: int, seed: int) -> Float[np.ndarray, " draw"]:
+    """Whether the lexical floor reads a word that gives the label away, per draw of texts."""
+    caught = []
+    for draw in range(draws):
+        rows = stimuli_rows("tense", n, seed + draw)
+        texts = [f"We {row['text']}" if row["label"] else row["text"] for row in rows]
+        labels, units = np.array([int(row["label"]) for row in rows]), [row["scenario"] for row in rows]
+        floor = auroc_interval(lexical_scores(texts, labels, units, draw)[None], labels, units)
+        caught.append(float(floor.lower[0] > 0.9))
+    return np.array(caught)
+
+
+def missing_items(population: Population, n: int) -> bool:
+    """Whether kernels over different scenarios are refused."""
+    sample = population.samples[0]
+    whole, part = sample.kernels(np.arange(n))[0], sample.kernels(np.arange(n - 5))[1]
+    try:
+        pair_kernels(whole, part)
+    except InputError:
+        return True
+    return False
+
+
+def correlated(
+    population: Population, sample: Sample, layer: int, n: int, redraws: int, seed: int
+) -> tuple[Float[np.ndarray, " redraw"], Float[np.ndarray, " redraw"]]:
+    """Whether the interval of attenuation holds the truth when every scenario is told five times over.
+
+    Returns:
+        Without and with `cluster`.
+    """
+    k = CURVES.index("attenuation")
+    targets = [s.concept for s in population.of_role("target")]
+    truth = population.truth[targets.index(sample.concept), layer, k]
+    held: tuple[list[float], list[float]] = ([], [])
+    for r in range(redraws):
+        rows = np.random.default_rng([seed, 31, r]).choice(sample.n, n // CLUSTER, replace=False)
+        for into, chosen in zip(held, (np.repeat(rows, CLUSTER), rows), strict=True):
+            curve = contrast_of(sample, chosen, population).attenuation
+            low, high = curve.lower[layer], curve.upper[layer]
+            into.append(float(low <= truth and (truth <= high or high >= 1)))
+    return np.array(held[0]), np.array(held[1])
+
+
+# ---------------------------------------------------------------- ablations
+
+
+def in_raw_units(population: Population) -> Population:
+    """The same without division by the rms."""
+    return replace(
+        population, samples=tuple(replace(s, squares=np.ones_like(s.squares)) for s in population.samples)
+    )
+
+
+def gap_attenuation(sample: Sample, rows: np.ndarray, layer: int, seed: int) -> tuple[float, float, float]:
+    """1 - gap(aligned)/gap(base) along cross-fitted difference-of-means directions, with a delta-method interval."""
+    n = len(rows)
+    folds = grouped_folds([str(i) for i in range(n)], N_FOLDS, seed)
+    gaps = np.empty((2, n))
+    for model in (0, 1):
+        d = sample.differences[model, rows, layer].astype(float) / np.sqrt(
+            sample.squares[model, rows, layer].mean()
+        )
+        for fold in range(N_FOLDS):
+            w = d[folds != fold].mean(0)
+            gaps[model, folds == fold] = d[folds == fold] @ w / np.linalg.norm(w)
+    base, aligned = gaps.mean(1)
+    residual = (gaps[1] - aligned / base * gaps[0]) / base
+    reach = float(critical_t(n - 1)) * residual.std(ddof=1) / np.sqrt(n)
+    value = 1 - aligned / base
+    return value, value - reach, value + reach
+
+
+def pointwise_alarms(case: Case, margin: float = 0.10) -> Float[np.ndarray, " redraw"]:
+    """False alarms if `specific` were decided on its pointwise interval at any target and block."""
+    o = case.outcomes
+    k = CURVES.index("specific")
+    truth = case.truth("specific")
+    innocent = (abs(truth) <= margin) & (case.truth("base") > 0.1).all(0)
+    innocent &= np.array([name != case.concept for name in o.targets])[:, None]
+    lower, upper = o.curves[..., k, 1], o.curves[..., k, 2]
+    return (((lower > margin) | (upper < 1 - 1 / (1 - margin))) & innocent).any((1, 2)).astype(float)
+
+
+def dominant_direction(isotropic: bool, draws: int, seed: int) -> Float[np.ndarray, " draw"]:
+    """Whether a contrast that merely lies along the axis of largest variance is called more than chance (p < .05)."""
+    called = []
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, 41, draw])
+        x = rng.standard_normal((400, 1, 300)) * np.array([12.0, *np.ones(299)])
+        d = rng.standard_normal((60, 1, 300)) * 0.3
+        d[..., 0] += 3 + 6 * rng.standard_normal((60, 1))
+        observed, null = direction_gaps(d, x, draws=499, seed=draw, isotropic=isotropic)
+        called.append(float((1 + (null[:, 0] >= observed[0]).sum()) / 500 < 0.05))
+    return np.array(called)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def attack_rows(
+    planted: Population,
+    framed: Population,
+    scaled: Population,
+    architecture: str,
+    concept: str,
+    layer: int,
+    n: int,
+    redraws: int,
+    seed: int,
+) -> tuple[Row, ...]:
+    """Attacks and ablations on one base.
+
+    Args:
+        planted: a twin in which `concept` was planted at `layer`.
+        framed: equal weights, the aligned model's texts in another frame.
+        scaled: a rescaled twin.
+        architecture: of the base.
+        concept: what was planted.
+        layer: where.
+        n: scenarios.
+        redraws: per row.
+        seed: of everything drawn.
+    """
+    sample = next(s for s in planted.samples if s.concept == concept)
+    rows: list[Row] = []
+
+    def add(name: str, metric: str, values: np.ndarray, target: Target | None = None, what: str = "") -> None:
+        rows.append(proportion_row(name, architecture, what, n, metric, values, target))
+
+    def alarms(outcomes: Outcomes) -> np.ndarray:
+        return np.isin(outcomes.decisions, (1, 2)).any((1, 2)).astype(float)
+
+    add(
+        "attack: shuffled labels",
+        "false_alarm",
+        alarms(shuffled_labels(planted, n, redraws, seed)),
+        Target(most=0.05),
+    )
+    add("attack: keyword leak", "caught", keyword_leak(n, min(redraws, 40), seed), Target(0.95))
+    add("attack: another template frame", "false_alarm", alarms(redraw(framed, n, redraws, seed)))
+    add(
+        "attack: texts missing in one model",
+        "caught",
+        np.array([float(missing_items(planted, n))] * 2),
+        Target(0.95),
+    )
+    without, within = correlated(planted, sample, planted.layers.index(layer), n * 2, redraws, seed)
+    add("attack: scenarios told five times, no cluster", "coverage_attenuation", without, None, concept)
+    add(
+        "attack: scenarios told five times, cluster given",
+        "coverage_attenuation",
+        within,
+        Target(0.92),
+        concept,
+    )
+
+    add(
+        "ablation: raw units, rescaled twin",
+        "false_alarm",
+        alarms(redraw(in_raw_units(scaled), n, redraws, seed)),
+    )
+    truth = planted.truth[
+        [s.concept for s in planted.of_role("target")].index(concept), layer, CURVES.index("attenuation")
+    ]
+    found = np.array([
+        gap_attenuation(sample, np.random.default_rng([seed, 51, r]).choice(sample.n, n, replace=False), layer, r)
+        for r in range(redraws)
+    ])  # fmt: skip
+    rows.append(mean_row("ablation: cross-fitted gap", architecture, concept, n, "bias", found[:, 0] - truth))
+    add(
+        "ablation: cross-fitted gap",
+        "coverage_attenuation",
+        ((found[:, 1] <= truth) & (truth <= found[:, 2])).astype(float),
+        None,
+        concept,
+    )
+    for isotropic, name in ((True, "isotropic"), (False, "covariance-matched")):
+        add(f"ablation: {name} random directions", "false_alarm", dominant_direction(isotropic, min(redraws, 60), seed),
+            None if isotropic else Target(most=0.3))  # fmt: skip
+    return tuple(rows)

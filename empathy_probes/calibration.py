@@ -1,0 +1,329 @@
+"""The instrument is measured before it measures: pairs of known truth, redrawn and judged, and their scorecard.
+
+Each twin of a phantom base is made, all texts of the grammar's concepts run once through base and twin (the
+population), and samples of 40, 100 and 300 scenarios are drawn from it and judged a thousand times as a study would
+judge them. One file per twin and n is kept as soon as it is done, so that an interrupted run goes on where it
+stopped; twins are independent and run in several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from empathy_probes import __version__
+from empathy_probes.attacks import attack_rows, pointwise_alarms
+from empathy_probes.errors import InputError
+from empathy_probes.extraction import extract
+from empathy_probes.grammar import TARGETS
+from empathy_probes.phantoms import load_phantom_concepts
+from empathy_probes.planting import has_twin, list_bases, open_twin
+from empathy_probes.prompts import render
+from empathy_probes.redraws import DRAWS, Outcomes, Population, redraw, sample_of
+from empathy_probes.scorecard import EXACT, Case, Row, Scorecard, proportion_row, score
+from empathy_probes.store import digest_of, load_record, open_store, save_record, write_file
+
+logger = logging.getLogger(__name__)
+SIZES = (40, 100, 300)
+QUICK_SIZES = (40, 100)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """One pair of the scorecard."""
+
+    base: str
+    """Name of the phantom base, such as llama-0."""
+    family: str
+    concept: str | None = None
+    layer: int | None = None
+    keep: float | None = None
+
+    @property
+    def architecture(self) -> str:
+        """What kind of model the base is."""
+        return self.base.rsplit("-", 1)[0]
+
+    @property
+    def key(self) -> str:
+        """Names its files."""
+        parts = [self.base, self.family, self.concept, self.layer, self.keep]
+        return "_".join(str(part) for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides a scorecard's numbers, besides the weights."""
+
+    twins: tuple[Twin, ...]
+    sizes: tuple[int, ...] = SIZES
+    population: int = 1500
+    """Scenarios of the concept a twin is about (or of the first target) that samples are drawn from."""
+    others: int = 640
+    """Scenarios of every other concept."""
+    redraws: int = 1000
+    """Per cell, shared out among its twins; fewer in proportion where n is over 100, at equal cost."""
+    nuisance: float = 0.5
+    """Probability that anything else differs between the two texts of a scenario."""
+    doubt: float = 0.2
+    """Probability that a text shows a label drawn at random."""
+    seed: int = 0
+    attack_redraws: int = 0
+    """Per attack and ablation; none for a quick scorecard."""
+
+
+# What is planted in every base: concept, block, what is kept.
+PLANTED = (
+    ("valence", 3, 0.25), ("valence", 1, 0.5), ("valence", 2, 0.75), ("distance", 1, 0.25), ("distance", 3, 0.5),
+    ("conflict", 2, 0.25), ("conflict", 4, 0.5),
+)  # fmt: skip
+
+
+def full_twins(bases: Sequence[str]) -> tuple[Twin, ...]:
+    """Every family for every base."""
+    twins = []
+    for base in bases:
+        twins += [Twin(base, family) for family in ("identical", "rotated", "rescaled", "dtype", "continued")]
+        twins += [Twin(base, "generic_gain", layer=2, keep=0.7)]
+        twins += [Twin(base, "planted", *planted) for planted in PLANTED]
+        twins += [Twin(base, "erased", "valence", 2, 0.0), Twin(base, "erased", "distance", 3, 0.0)]
+        twins += [Twin(base, "local", "valence", 3, 0.25), Twin(base, "rerouted", "valence", 2, 0.25)]
+        twins += [Twin(base, "unread", "valence", 1), Twin(base, "unsaid", "valence")]
+    return tuple(twins)
+
+
+def calibrate(
+    out: str | Path,
+    *,
+    quick: bool = False,
+    phantoms: str | Path | None = None,
+    redraws: int = 1000,
+    workers: int | None = None,
+    seed: int = 0,
+) -> Scorecard:
+    """Measure the instrument on pairs of known truth and save its scorecard.
+
+    Args:
+        out: folder of `scorecard.json`, `scorecard.csv` and of the finished parts, from which a run goes on.
+        quick: a few twins of the shipped bases, few redraws: minutes.
+        phantoms: folder that `scripts/build_phantoms.py --out` wrote; its bases and trained twins are used beside the
+            shipped ones.
+        redraws: scenario samples per cell and n, shared out among the cell's pairs.
+        workers: processes; one per core by default.
+        seed: of scenarios, samples and draws.
+
+    Raises:
+        InputError: the folder holds another scorecard, or a base is missing.
+    """
+    if redraws < 20:
+        raise InputError(
+            f"redraws got {redraws}, expected at least 20, better 1000: proportions resolve no finer; raise it"
+        )
+    if workers is not None and workers < 1:
+        raise InputError(f"workers got {workers}, expected at least 1; leave it out for one per core")
+    if quick:
+        twins = quick_twins(list(list_bases()))
+        options = Options(twins, QUICK_SIZES, 600, 220, min(redraws, 100), seed=seed)
+    else:
+        bases = list_bases(phantoms)
+        twins = tuple(twin for twin in full_twins(list(bases)) if has_twin(bases[twin.base], twin.family))
+        options = Options(twins, redraws=redraws, seed=seed, attack_redraws=min(redraws, 200))
+    return run_calibration(options, out, phantoms=phantoms, workers=workers)
+
+
+def run_calibration(
+    options: Options, out: str | Path, *, phantoms: str | Path | None = None, workers: int | None = None
+) -> Scorecard:
+    """The same for a chosen set of twins."""
+    out = Path(out)
+    _claim(out, options)
+    tasks = [(twin, _share(twin, options)) for twin in options.twins]
+    todo = [task for task in tasks if not all(_part(out, task[0], n).is_file() for n in options.sizes)]
+    workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
+    with tqdm(
+        total=len(tasks), initial=len(tasks) - len(todo), desc="pairs", unit="pair", disable=None
+    ) as bar:
+        for twin in _completed(todo, options, out, phantoms, workers):
+            bar.set_postfix_str(twin.key)
+            bar.update()
+    attacked = _attacked(options, out, phantoms)
+    cases = [_case(twin, load_record(_part(out, twin, n), {"Outcomes": Outcomes}))
+             for twin, _ in tasks for n in options.sizes]  # fmt: skip
+    pointwise = [
+        proportion_row(
+            "ablation: pointwise bands",
+            case.architecture,
+            "",
+            case.outcomes.n,
+            "false_alarm",
+            pointwise_alarms(case),
+            None,
+        )
+        for case in cases
+        if case.family == "continued"
+    ]
+    card = Scorecard((*score(cases), *attacked, *pointwise), _provenance(options))
+    card.save(out)
+    return card
+
+
+def _attacked(options: Options, out: Path, phantoms: str | Path | None) -> tuple[Row, ...]:
+    """Attacks and ablations on the first base of every architecture, made once and kept."""
+    rows: list[Row] = []
+    if not options.attack_redraws:
+        return ()
+    firsts: dict[str, str] = {}
+    for twin in options.twins:
+        firsts.setdefault(twin.architecture, twin.base)
+    for architecture, base in firsts.items():
+        path = out / "parts" / f"{base}_attacks.json"
+        if not path.is_file():
+            few = replace(options, population=options.others)
+            concept, layer, keep = PLANTED[0]
+            made = attack_rows(
+                population(Twin(base, "planted", concept, layer, keep), few, phantoms),
+                population(Twin(base, "identical"), few, phantoms, frame="We met . "),
+                population(Twin(base, "rescaled"), few, phantoms),
+                architecture, concept, layer, 100, options.attack_redraws, options.seed,
+            )  # fmt: skip
+            write_file(path, json.dumps([asdict(row) for row in made]).encode())
+        rows += [Row(**row) for row in json.loads(path.read_text(encoding="utf8"))]
+    return tuple(rows)
+
+
+def _completed(
+    todo: Sequence[tuple[Twin, int]], options: Options, out: Path, phantoms: str | Path | None, workers: int
+) -> Iterator[Twin]:
+    if workers == 1:
+        for twin, redraws in todo:
+            yield _run_twin(twin, redraws, options, out, phantoms)
+        return
+    # Forked processes would inherit torch's threads in an unknown state.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        futures = [pool.submit(_run_twin, twin, redraws, options, out, phantoms) for twin, redraws in todo]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _run_twin(twin: Twin, redraws: int, options: Options, out: Path, phantoms: str | Path | None) -> Twin:
+    people = population(twin, options, phantoms)
+    for n in options.sizes:
+        path = _part(out, twin, n)
+        if not path.is_file():
+            save_record(redraw(people, n, max(round(redraws * min(1, 100 / n)), 2), options.seed), path)
+    return twin
+
+
+def population(
+    twin: Twin, options: Options, phantoms: str | Path | None = None, frame: str = ""
+) -> Population:
+    """Run all scenarios of every concept of the grammar through both models of a twin.
+
+    `frame` is put before every text that the aligned model reads.
+    """
+    pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
+    layers = tuple(range(pair.base.n_layers))
+    first = twin.concept or TARGETS[0]
+    # Where both models compute the same, truth is exact and nothing is gained by drawing from more.
+    many = options.others if twin.family in EXACT else options.population
+    targets, controls = load_phantom_concepts(
+        options.others, options.seed + POPULATION_SEED, options.nuisance, options.doubt
+    )
+    if many > options.others:
+        more = load_phantom_concepts(
+            many, options.seed + POPULATION_SEED, options.nuisance, options.doubt, (first,)
+        )
+        targets = tuple(more[0][0] if concept.name == first else concept for concept in targets)
+    samples = []
+    # Each concept's activations are used once: a store in memory holds them only as long as that.
+    for concept in (*targets, *controls):
+        acts = []
+        for model in pair.models:
+            stimuli = concept.stimuli
+            if frame and model is pair.aligned:
+                framed = tuple(replace(item, text=frame + item.text) for item in stimuli.items)
+                stimuli = replace(stimuli, items=framed)
+            prompts = render(model.tokenizer, stimuli, "raw", concept.speaker)
+            store = open_store(f"memory://calibration/{twin.key}/{os.getpid()}")
+            acts.append(extract(model, prompts, ("resid_post",), layers, store)["resid_post"])
+            store.clear()
+        samples.append(sample_of(concept, acts))
+    return Population(layers, tuple(samples), pair.identical and not frame)
+
+
+POPULATION_SEED = 50_000
+"""Keeps the scenarios apart from those that twins are made with and from those of truth.json."""
+
+
+def quick_twins(bases: Sequence[str]) -> tuple[Twin, ...]:
+    """A few families of every base."""
+    twins = []
+    for base in bases:
+        twins += [Twin(base, "rotated"), Twin(base, "rescaled"), Twin(base, "planted", "valence", 3, 0.25)]
+    return tuple(twins)
+
+
+def _share(twin: Twin, options: Options) -> int:
+    def cell(other: Twin) -> tuple[object, ...]:
+        return other.family, other.architecture, other.concept, other.keep
+
+    return -(-options.redraws // sum(cell(other) == cell(twin) for other in options.twins))
+
+
+def _case(twin: Twin, outcomes: Outcomes) -> Case:
+    # Nothing is missing from the residual stream of these: what differs is what is read from it, or said.
+    encoded = twin.family in ("unread", "unsaid")
+    return Case(
+        twin.family, twin.architecture, None if encoded else twin.concept, twin.layer, twin.keep, outcomes
+    )
+
+
+def _part(out: Path, twin: Twin, n: int) -> Path:
+    return out / "parts" / f"{twin.key}_n{n}.safetensors"
+
+
+def _provenance(options: Options) -> dict[str, Any]:
+    return {
+        "version": __version__, "redraws": options.redraws, "population": options.population, "others": options.others,
+        "draws": DRAWS,
+        "nuisance": options.nuisance, "doubt": options.doubt, "seed": options.seed, "sizes": list(options.sizes),
+        "bases": sorted({twin.base for twin in options.twins}), "pairs": len(options.twins),
+    }  # fmt: skip
+
+
+def _claim(out: Path, options: Options) -> None:
+    """Refuse a folder that holds parts of another scorecard; mark an empty one as this one's."""
+    mine = digest_of([asdict(options), __version__])
+    mark = out / "parts" / "options.json"
+    if mark.is_file():
+        theirs = json.loads(mark.read_text(encoding="utf8"))["digest"]
+        if theirs != mine:
+            raise InputError(
+                f"'{out}' holds parts of a scorecard with other options, expected none or the same; choose another --out"
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise InputError(
+            f"'{out}' is not empty and holds no scorecard's parts, expected an empty or new folder; choose another --out"
+        )
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps({"digest": mine, "options": asdict(options)}, indent=1), encoding="utf8")

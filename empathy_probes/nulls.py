@@ -1,0 +1,103 @@
+"""What chance gives: shuffled labels, and directions that have nothing to do with the concept.
+
+Labels are shuffled within scenarios, and the same cross-fitted probe is fitted to every shuffle: one factorisation per
+fold and layer serves all of them. Random directions are drawn from the covariance of neutral texts, N(0, Sigma): a
+direction along which states vary much separates any two groups of texts more, and one drawn evenly from all
+directions (isotropic) hardly ever is such a direction, which makes it too easy to beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.stats import rankdata
+
+from empathy_probes.probes import shuffled_scores
+from empathy_probes.stats import grouped_folds
+
+DRAWS = 999
+N_FOLDS = 5
+
+
+def shuffle_labels(
+    labels: Int[np.ndarray, " n"], units: Sequence[str], draws: int, seed: int
+) -> Int[np.ndarray, "draws n"]:
+    """Labels permuted within each scenario."""
+    rng = np.random.default_rng([seed, 7])
+    shuffled = np.tile(labels, (draws, 1))
+    place: dict[str, list[int]] = {}
+    for i, unit in enumerate(units):
+        place.setdefault(unit, []).append(i)
+    for rows in place.values():
+        order = rng.random((draws, len(rows))).argsort(1)
+        shuffled[:, rows] = labels[rows][order]
+    return shuffled
+
+
+def permutation_aurocs(
+    features: Float[np.ndarray, "n layer d"],
+    labels: Int[np.ndarray, " n"],
+    units: Sequence[str],
+    folds: Int[np.ndarray, " n"],
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Float[np.ndarray, "draws layer"]:
+    """AUROC of the cross-fitted probe under shuffled labels."""
+    shuffled = shuffle_labels(labels, units, draws, seed)
+    scores = shuffled_scores(features, shuffled, folds)
+    ranks = rankdata(scores, axis=1)
+    positive = shuffled.T[None] == 1
+    p = positive.sum(1)
+    wins = (ranks * positive).sum(1) - p * (p + 1) / 2
+    return (wins / (p * (len(labels) - p))).T
+
+
+def largest_p(
+    observed: Float[np.ndarray, " layer"], null: Float[np.ndarray, "draws layer"]
+) -> Float[np.ndarray, " layer"]:
+    """(1 + #{draws whose largest value over layers reaches the observed one}) / (draws + 1)."""
+    largest = null.max(1)
+    return (1 + (largest[:, None] >= observed - 1e-12).sum(0)) / (len(null) + 1)
+
+
+def direction_gaps(
+    differences: Float[np.ndarray, "unit layer d_model"],
+    neutral: Float[np.ndarray, "m layer d_model"],
+    draws: int = DRAWS,
+    seed: int = 0,
+    *,
+    isotropic: bool = False,
+) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, "draws layer"]]:
+    """How far the labels lie apart along the concept's own direction, and along random ones.
+
+    The gap along w is |mean_s <D_s, w>| over the standard deviation of neutral states along w. The concept's direction is the
+    mean difference of the other folds' scenarios, so that it owes nothing to the scenarios it is judged on.
+
+    Args:
+        differences: label 1 minus label 0 per scenario.
+        neutral: states of neutral texts, same units.
+        draws: random directions.
+        seed: of directions and folds.
+        isotropic: draw directions evenly instead of from the neutral covariance (to show what that does).
+    """
+    n, n_layers, d = differences.shape
+    rng = np.random.default_rng([seed, 11])
+    folds = grouped_folds([str(i) for i in range(n)], N_FOLDS, seed)
+    observed, null = np.zeros(n_layers), np.zeros((draws, n_layers))
+    for i in range(n_layers):
+        x = neutral[:, i].astype(float)
+        x = x - x.mean(0)
+        own = differences[:, i].astype(float)
+        directions = rng.standard_normal((draws, d if isotropic else len(x)))
+        directions = directions if isotropic else directions @ x
+        null[:, i] = abs(_gap(own.mean(0), directions, x))
+        parts = [_gap(own[folds == f].mean(0), own[folds != f].mean(0)[None], x)[0] for f in range(N_FOLDS)]
+        observed[i] = np.mean(parts)
+    return observed, null
+
+
+def _gap(mean: np.ndarray, directions: np.ndarray, x: np.ndarray) -> np.ndarray:
+    spread = np.sqrt(((directions @ x.T) ** 2).mean(1))
+    return np.divide(directions @ mean, spread, out=np.zeros(len(directions)), where=spread > 0)

@@ -1,0 +1,231 @@
+"""The instrument on many scenario samples of one pair whose truth is known.
+
+Every concept's texts, some thousand scenarios, run once through both models of a phantom; that is the population. A
+redraw takes n scenarios of each concept without replacement, makes the same kernels, comparisons and judgements as a
+study does, and keeps what they said. The truth is the population's own value. Sampling n of N without replacement
+makes errors smaller by sqrt(1 - n/N), so intervals are shortened by that factor before they are held against the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int8
+
+from empathy_probes.activations import Activations
+from empathy_probes.concepts import Concept
+from empathy_probes.contrasts import Contrast, compare
+from empathy_probes.decisions import judge
+from empathy_probes.errors import InputError
+from empathy_probes.kernels import strength_kernels
+
+CURVES = ("base", "aligned", "difference", "attenuation", "specific", "band")
+DECISIONS = ("", "attenuated", "amplified", "equivalent", "inconclusive")
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All scenarios of one concept in both models, in raw activation units."""
+
+    concept: str
+    role: str
+    differences: Float[np.ndarray, "model=2 scenario layer d_model"]
+    """Label 1 minus label 0."""
+    squares: Float[np.ndarray, "model=2 scenario layer"]
+    """Mean over the scenario's texts of the squared norm: the rms of any subset follows from it."""
+
+    @property
+    def n(self) -> int:
+        """Number of scenarios."""
+        return int(self.differences.shape[1])
+
+    def kernels(self, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "model=2 layer n n"]:
+        """What a study of these scenarios would compare."""
+        return np.stack(
+            [strength_kernels(d[rows], q[rows]) for d, q in zip(self.differences, self.squares, strict=True)]
+        )
+
+    @cached_property
+    def u(self) -> Float[np.ndarray, "model=2 layer"]:
+        """U over all scenarios: the population's squared strength."""
+        d = self.differences.astype(np.float64)
+        pairs = (d.sum(1) ** 2).sum(-1) - (d**2).sum((1, 3))
+        return pairs / (self.n * (self.n - 1)) / self.squares.astype(np.float64).mean(1)
+
+
+@dataclass(frozen=True)
+class Population:
+    """Samples of all targets and controls of one pair."""
+
+    layers: tuple[int, ...]
+    samples: tuple[Sample, ...]
+    """Targets first."""
+    same_model: bool = False
+    """Both models have equal weights."""
+
+    def of_role(self, role: str) -> tuple[Sample, ...]:
+        """Samples of the targets or of the controls."""
+        return tuple(s for s in self.samples if s.role == role)
+
+    @cached_property
+    def truth(self) -> Float[np.ndarray, "target layer curve"]:
+        """The population's own value of each of `CURVES` but the band, whose truth is that of `specific`."""
+        log_keep = {s.concept: _log_keep(s) for s in self.samples}
+        controls = np.stack([log_keep[s.concept] for s in self.of_role("control")])
+        usable = np.isfinite(controls)
+        mean = np.where(usable, controls, 0).sum(0) / np.where(usable.any(0), usable.sum(0), np.nan)
+        rows = []
+        for sample in self.of_role("target"):
+            base, aligned = np.sqrt(np.maximum(sample.u, 0))
+            theta = log_keep[sample.concept]
+            specific = 0.0 - np.expm1(theta - mean)
+            rows.append(
+                np.stack([base, aligned, aligned - base, 0.0 - np.expm1(theta), specific, specific], -1)
+            )
+        return np.stack(rows)
+
+
+def _log_keep(sample: Sample) -> Float[np.ndarray, " layer"]:
+    """½ log(U_a/U_b); exactly 0 where all differences are equal, NaN where the base carries nothing."""
+    base, aligned = sample.u
+    with np.errstate(divide="ignore", invalid="ignore"):
+        theta = 0.5 * np.log(np.maximum(aligned, 0) / base)
+    same = (sample.differences[0] == sample.differences[1]).all((0, 2))
+    return np.where(base > 0, np.where(same, 0.0, theta), np.nan)
+
+
+def sample_of(concept: Concept, activations: Sequence[Activations]) -> Sample:
+    """Reduce a binary concept's activations in both models.
+
+    Scenarios of one cluster are averaged, as in a study.
+
+    Raises:
+        InputError: a scenario does not consist of one text of each label.
+    """
+    pairs: dict[str, dict[float, int]] = {}
+    unit_of: dict[str, str] = {}
+    for i, item in enumerate(concept.stimuli.items):
+        pairs.setdefault(item.scenario, {})[float(item.label)] = i
+        unit_of[item.scenario] = item.unit
+    if 2 * len(pairs) != len(concept.stimuli.items) or any(
+        set(pair) != {0.0, 1.0} for pair in pairs.values()
+    ):
+        raise InputError(
+            f"the population of '{concept.name}' has {len(concept.stimuli.items)} texts in {len(pairs)} scenarios, expected "
+            "one text of each label per scenario; use minimal pairs"
+        )
+    ones, zeros = (np.array([pair[label] for pair in pairs.values()]) for label in (1.0, 0.0))
+    units, place = np.unique(np.array(list(unit_of.values())), return_inverse=True)
+    share = np.zeros((len(units), len(pairs)))
+    share[place, np.arange(len(pairs))] = 1 / np.bincount(place)[place]
+    differences, squares = [], []
+    for a in activations:
+        acts = a.acts - a.acts.mean(-1, keepdims=True) if a.centred else a.acts
+        norms = (acts.astype(np.float64) ** 2).sum(-1)
+        d = acts[ones] - acts[zeros]
+        # An average over one scenario must stay that scenario, bit by bit.
+        differences.append(
+            d[np.argsort(place)] if len(units) == len(pairs) else np.einsum("us,sld->uld", share, d)
+        )
+        squares.append(share @ ((norms[ones] + norms[zeros]) / 2))
+    return Sample(concept.name, concept.role, np.stack(differences), np.stack(squares))
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What the instrument said about every target in every redraw of one pair at one n."""
+
+    n: int
+    population: Int[np.ndarray, " target"]
+    """Scenarios drawn from."""
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+    truth: Float[np.ndarray, "target layer curve"]
+    curves: Float[np.ndarray, "redraw target layer curve value_lower_upper=3"]
+    """In the order of `CURVES`."""
+    decisions: Int8[np.ndarray, "redraw target layer"]
+    """Index into `DECISIONS`."""
+    minimum_detectable: Float[np.ndarray, "redraw target layer"]
+    onset: Bool[np.ndarray, "redraw target layer"]
+    """Membership in the onset set."""
+    onset_none: Bool[np.ndarray, "redraw target"]
+    """"There is no onset" belongs to the set."""
+
+    @property
+    def redraws(self) -> int:
+        """Number of redraws."""
+        return int(self.decisions.shape[0])
+
+    def covers(self) -> Bool[np.ndarray, "redraw target layer curve"]:
+        """Which intervals hold the truth; an open end (NaN) holds everything on its side."""
+        value, lower, upper = np.moveaxis(self.curves.astype(np.float64), -1, 0)
+        # Without replacement: errors are this much smaller than those of a sample from an endless population.
+        shorter = np.sqrt(1 - self.n / self.population)[:, None, None]
+        centre = np.where(np.isnan(value), (lower + upper) / 2, value)
+        # A strength cut off at 0 and an attenuation that reaches 1 are open ends too.
+        cut = np.array([name in ("base", "aligned") for name in CURVES])
+        open_low = np.isnan(lower) | (cut & (lower == 0))
+        open_high = np.isnan(upper) | (~cut & (upper >= 1))
+        low = np.where(open_low, -np.inf, centre - shorter * (centre - lower))
+        high = np.where(open_high, np.inf, centre + shorter * (upper - centre))
+        slack = 1e-6  # float32 in the stored ends, and rounding where nothing differs
+        return (low - slack <= self.truth) & (self.truth <= high + slack)
+
+
+def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outcomes:
+    """Judge `redraws` samples of n scenarios per concept.
+
+    Args:
+        population: what is drawn from.
+        n: scenarios per concept.
+        redraws: how many samples.
+        seed: of the samples and of the multiplier draws.
+
+    Raises:
+        InputError: a concept has fewer than 2 n scenarios.
+    """
+    smallest = min(s.n for s in population.samples)
+    if smallest < 2 * n:
+        raise InputError(
+            f"{smallest} scenarios are too few to draw {n} from, expected at least {2 * n}; make a larger population"
+        )
+    targets = [s.concept for s in population.of_role("target")]
+    shape = (redraws, len(targets), len(population.layers))
+    curves = np.full((*shape, len(CURVES), 3), np.nan, np.float32)
+    decisions, detectable = np.zeros(shape, np.int8), np.full(shape, np.nan, np.float32)
+    onset, none = np.zeros(shape, bool), np.zeros(shape[:2], bool)
+    for r in range(redraws):
+        rng = np.random.default_rng([seed, n, r])
+        contrasts = {
+            s.concept: contrast_of(s, rng.choice(s.n, n, replace=False), population)
+            for s in population.samples
+        }
+        judged = judge(
+            [contrasts[name] for name in targets],
+            [contrasts[s.concept] for s in population.of_role("control")],
+            draws=DRAWS,
+            seed=seed + r,
+        )
+        for t, j in enumerate(judged):
+            c = contrasts[j.name]
+            for k, curve in enumerate((c.base, c.aligned, c.difference, c.attenuation, j.specific, j.band)):
+                curves[r, t, :, k] = np.stack([curve.value, curve.lower, curve.upper], -1)
+            decisions[r, t] = [DECISIONS.index(word) for word in j.decision]
+            detectable[r, t] = j.minimum_detectable
+            onset[r, t] = np.isin(population.layers, j.onset.members)
+            none[r, t] = j.onset.includes_none
+    return Outcomes(
+        n, np.array([s.n for s in population.of_role("target")]), tuple(targets), population.layers, population.truth, curves, decisions, detectable, onset, none
+    )  # fmt: skip
+
+
+def contrast_of(sample: Sample, rows: Int[np.ndarray, " n"], population: Population) -> Contrast:
+    """The comparison a study would make of these scenarios."""
+    keys = [f"{sample.concept}\x1f{i}" for i in range(len(rows))]
+    return compare(
+        sample.concept, keys, sample.kernels(rows), population.layers, same_model=population.same_model
+    )

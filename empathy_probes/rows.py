@@ -1,0 +1,240 @@
+"""Measurements as the rows of attenuation.csv: one per concept, template, site, layer and measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from empathy_probes.contrasts import Contrast, TemplateShift
+from empathy_probes.decisions import Judgement
+from empathy_probes.geometry import cosine_from_kernels
+from empathy_probes.measurements import Measurement
+from empathy_probes.probes import BITS_FACTOR, bits, bits_difference, entropy
+from empathy_probes.stats import (
+    Curve,
+    auroc_attenuation,
+    auroc_difference,
+    auroc_interval,
+    critical_t,
+    fieller_ratio,
+)
+
+COLUMNS = [
+    "concept",
+    "role",
+    "template",
+    "site",
+    "layer",
+    "depth",
+    "measure",
+    "n_scenarios",
+    "base",
+    "base_lower",
+    "base_upper",
+    "aligned",
+    "aligned_lower",
+    "aligned_upper",
+    "difference",
+    "difference_lower",
+    "difference_upper",
+    "attenuation",
+    "attenuation_lower",
+    "attenuation_upper",
+    "specific",
+    "specific_lower",
+    "specific_upper",
+    "band_lower",
+    "band_upper",
+    "p_adjusted",
+    "decision",
+    "flags",
+]
+ONSET_COLUMNS = [
+    "concept",
+    "template",
+    "site",
+    "measure",
+    "onset_lower",
+    "onset_upper",
+    "peak_layer",
+    "peak_lower",
+    "peak_upper",
+    "flags",
+    "loss_lower",
+    "loss_upper",
+]
+
+
+ALPHA = 0.05
+
+
+def measurement_rows(
+    m: Measurement, judgement: Judgement, n_layers: int, flags: Sequence[str]
+) -> list[dict[str, Any]]:
+    """All rows of one measurement.
+
+    Args:
+        m: the measurement.
+        judgement: what was decided about it.
+        n_layers: of the models, for the depth.
+        flags: of the whole study.
+    """
+    return [
+        *strength_rows(m, judgement, n_layers, flags),
+        *auroc_rows(m, n_layers, flags),
+        *separation_rows(m, n_layers, flags),
+        *bits_rows(m, n_layers, flags),
+        *cosine_rows(m, n_layers, flags),
+        *transfer_rows(m, n_layers, flags),
+    ]
+
+
+def _place(m: Measurement, layer: int | None, n_layers: int, measure: str) -> dict[str, Any]:
+    return {
+        "concept": m.concept, "role": m.role, "template": m.template,
+        "site": m.site if layer is not None else "text", "layer": layer,
+        "depth": None if layer is None else (layer + 1) / n_layers,
+        "measure": measure, "n_scenarios": len(m.units),
+    }  # fmt: skip
+
+
+def _cells(name: str, curve: Curve, i: int) -> dict[str, float]:
+    return {name: curve.value[i], f"{name}_lower": curve.lower[i], f"{name}_upper": curve.upper[i]}
+
+
+def strength_rows(m: Measurement, j: Judgement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
+    c = m.contrast
+    rows = []
+    for i, layer in enumerate(m.layers):
+        row = _place(m, layer, n_layers, "strength")
+        for name, curve in (
+            ("base", c.base),
+            ("aligned", c.aligned),
+            ("difference", c.difference),
+            ("attenuation", c.attenuation),
+        ):
+            row |= _cells(name, curve, i)
+        if m.role == "target":
+            row |= _cells("specific", j.specific, i)
+        row |= {"band_lower": j.band.lower[i], "band_upper": j.band.upper[i], "p_adjusted": j.p_adjusted[i]}
+        own = [*j.flags[i], *([] if m.beats_words[i] else ["below_lexical_floor"])]
+        own += [*(["not_above_random"] if m.views.random_p[0, i] > ALPHA else []), *flags]
+        rows.append(row | {"decision": j.decision[i], "flags": ";".join(dict.fromkeys(own))})
+    return rows
+
+
+def auroc_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
+    base, aligned = (auroc_interval(scores, m.labels, m.item_units) for scores in m.scores)
+    difference = auroc_difference(m.scores[0], m.scores[1], m.labels, m.item_units)
+    attenuation, ceiling = auroc_attenuation(m.scores[0], m.scores[1], m.labels, m.item_units)
+    rows = []
+    for i, layer in enumerate(m.layers):
+        row = _place(m, layer, n_layers, "auroc")
+        for name, curve in (
+            ("base", base),
+            ("aligned", aligned),
+            ("difference", difference),
+            ("attenuation", attenuation),
+        ):
+            row |= _cells(name, curve, i)
+        own = ["ceiling"] if ceiling[i] else []
+        if np.isnan(attenuation.value[i]) and not ceiling[i]:
+            own.append("base_not_detected" if base.lower[i] <= 0.5 else "ceiling")
+        own += [] if m.beats_words[i] else ["below_lexical_floor"]
+        own += ["not_above_shuffled"] if m.views.shuffled_p[0, i] > ALPHA else []
+        row["p_adjusted"] = m.views.shuffled_p[0, i]
+        rows.append(row | {"decision": "", "flags": ";".join([*own, *flags])})
+    return rows
+
+
+def lexical_row(m: Measurement, n_layers: int) -> dict[str, Any]:
+    floor = auroc_interval(m.text_scores[None], m.labels, m.item_units)
+    row = _place(m, None, n_layers, "auroc") | _cells("base", floor, 0) | _cells("aligned", floor, 0)
+    return row | {"decision": "", "flags": "lexical_floor"}
+
+
+def did_rows(m: Measurement, shift: TemplateShift, n_layers: int) -> list[dict[str, Any]]:
+    """θ_shared − θ_raw as `difference`, and the same as an attenuation."""
+    rows = []
+    for i, layer in enumerate(m.layers):
+        row = _place(m, layer, n_layers, "strength") | {"template": "did"}
+        row |= _cells("difference", shift.theta, i) | _cells("attenuation", shift.attenuation, i)
+        row |= {"band_lower": shift.band.lower[i], "band_upper": shift.band.upper[i]}
+        rows.append(
+            row | {"p_adjusted": shift.p_adjusted[i], "decision": "", "flags": ";".join(shift.flags[i])}
+        )
+    return rows
+
+
+def _curve_rows(
+    m: Measurement, n_layers: int, measure: str, curves: dict[str, Curve], flags: Sequence[Sequence[str]]
+) -> Iterator[dict[str, Any]]:
+    for i, layer in enumerate(m.layers):
+        row = _place(m, layer, n_layers, measure)
+        for name, curve in curves.items():
+            row |= _cells(name, curve, i)
+        yield row | {"decision": "", "flags": ";".join(dict.fromkeys(flags[i]))}
+
+
+def separation_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Crossnobis d′."""
+    c: Contrast = m.separation
+    curves = {"base": c.base, "aligned": c.aligned, "difference": c.difference, "attenuation": c.attenuation}
+    return _curve_rows(m, n_layers, "d_prime", curves, [[*own, *flags] for own in c.flags])
+
+
+def bits_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What a probe extracts; compared as a difference, and relative to the base where that is detected."""
+    losses = m.views.losses.astype(float)
+    whole = entropy(m.labels)
+    base, aligned = (bits(side, whole) for side in losses)
+    n = losses.shape[-1]
+    covariance = np.stack([np.cov(losses[:, i]) for i in range(losses.shape[1])], -1) * BITS_FACTOR**2 / n
+    ratio = fieller_ratio(base.value, aligned.value, covariance, critical_t(n - 1))
+    kept = Curve(ratio.value, ratio.lower, ratio.upper)
+    positive = base.lower > 0
+    attenuation = Curve(*(np.where(positive, 1 - x, np.nan) for x in (kept.value, kept.upper, kept.lower)))
+    if m.same_model:
+        attenuation = Curve(*(np.where(positive, 0.0, x) for x in vars(attenuation).values()))
+    curves = {"base": base, "aligned": aligned, "difference": bits_difference(losses[0], losses[1]),
+              "attenuation": attenuation}  # fmt: skip
+    own = [[*([] if known else ["base_not_detected"]), *flags] for known in positive]
+    return _curve_rows(m, n_layers, "bits", curves, own)
+
+
+def cosine_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
+    """The aligned model's direction against the base's: 1 is the same; the base's own cosine is 1 by definition."""
+    base, aligned = m.kernels.astype(float)
+    one = np.ones(len(m.layers))
+    rows: list[dict[str, Any]] = []
+    for mapped, name in enumerate(("cosine", "cosine_mapped")):
+        cosine = cosine_from_kernels(base, aligned, m.views.cross[mapped].astype(float))
+        cosine = Curve(one, one, one) if m.same_model else cosine
+        difference = Curve(cosine.value - 1, cosine.lower - 1, cosine.upper - 1)
+        known = ~np.isnan(cosine.value)
+        own = [[*([] if k else ["weak_signal"]), *_map_flags(m, mapped), *flags] for k in known]
+        curves = {"base": Curve(one, one, one), "aligned": cosine, "difference": difference}
+        rows += _curve_rows(m, n_layers, name, curves, own)
+    return rows
+
+
+def _map_flags(m: Measurement, mapped: int) -> list[str]:
+    return ["map_underdetermined"] if mapped and m.views.map_underdetermined else []
+
+
+def transfer_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
+    """AUROC of one model's probe, read in the base (column base) and in the aligned model (column aligned)."""
+    rows: list[dict[str, Any]] = []
+    for mapped, suffix in enumerate(("", "_mapped")):
+        for fitted, name in enumerate(("transfer_base_to_aligned", "transfer_aligned_to_base")):
+            other: Float[np.ndarray, "layer item"] = m.views.transfer[mapped, fitted]
+            read = (m.scores[0], other) if fitted == 0 else (other, m.scores[1])
+            base, aligned = (auroc_interval(scores, m.labels, m.item_units) for scores in read)
+            difference = auroc_difference(read[0], read[1], m.labels, m.item_units)
+            curves = {"base": base, "aligned": aligned, "difference": difference}
+            own = [[*_map_flags(m, mapped), *flags]] * len(m.layers)
+            rows += _curve_rows(m, n_layers, name + suffix, curves, own)
+    return rows

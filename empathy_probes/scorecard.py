@@ -1,0 +1,377 @@
+"""The instrument's own scorecard: how often its intervals hold a known truth, and how often it decides rightly.
+
+A cell is family of pairs × architecture × concept × number of scenarios. Its metrics are proportions over the redraws of
+all pairs in the cell, with Wilson intervals, or means with t intervals. A metric with a target is met when its
+interval reaches into the target: a cell fails when its data say so, not when they are few.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from empathy_probes.errors import InputError
+from empathy_probes.redraws import CURVES, DECISIONS, Outcomes
+from empathy_probes.stats import Estimate, binomial_interval, critical_t
+from empathy_probes.store import SCHEMA_VERSION, check_schema, write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = ("family", "architecture", "concept", "n", "metric", "value", "lower", "upper", "target", "met")
+ATTENUATED, AMPLIFIED, EQUIVALENT = (DECISIONS.index(w) for w in ("attenuated", "amplified", "equivalent"))
+MARGIN = 0.10
+# Strength of all targets from which on a block of a phantom is said to carry its concepts.
+CARRIED = 0.1
+# Twins whose residual stream holds exactly what their base's does: everything must be equivalent.
+EXACT = ("identical", "rotated", "rescaled", "unsaid")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pair with what the instrument said about it in its redraws."""
+
+    family: str
+    architecture: str
+    concept: str | None
+    """The concept that was attenuated; None where nothing specific was."""
+    layer: int | None
+    """The block at which."""
+    keep: float | None
+    """What was to be left of it."""
+    outcomes: Outcomes
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Indices of the target and the layer that the case is judged at: the planted ones, or the middle block."""
+        o = self.outcomes
+        layer = o.layers.index(self.layer) if self.layer is not None else len(o.layers) // 2
+        return o.targets.index(self.concept) if self.concept is not None else 0, layer
+
+    def truth(self, curve: str) -> Float[np.ndarray, "target layer"]:
+        """The population's value of one curve."""
+        return self.outcomes.truth[..., CURVES.index(curve)]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a metric must be."""
+
+    least: int | float = -np.inf
+    most: int | float = np.inf
+
+    def __str__(self) -> str:
+        if np.isinf(self.least):
+            return f"≤ {self.most:g}"
+        return f"≥ {self.least:g}" if np.isinf(self.most) else f"{self.least:g} to {self.most:g}"
+
+    def met_by(self, estimate: Estimate) -> bool:
+        """Whether the estimate's interval reaches into the target."""
+        return bool(estimate.upper >= self.least and estimate.lower <= self.most)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a cell."""
+
+    measure: Callable[[Case], Float[np.ndarray, " redraw"] | None]
+    """One entry per redraw, NaN where it says nothing; None where the metric does not apply."""
+    proportion: bool
+    """Whether the entries are 0 or 1."""
+    target: Callable[[Case], Target | None]
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def _coverage(curve: str) -> Callable[[Case], np.ndarray | None]:
+    def measure(case: Case) -> np.ndarray | None:
+        if case.family in EXACT:
+            return None
+        t, layer = case.place
+        k = CURVES.index(curve)
+        lower, upper = case.outcomes.curves[:, t, layer, k, 1:].T
+        # Before a planted block nothing differs, exactly: an interval without width is no test of an interval.
+        shown = ~(np.isnan(lower) & np.isnan(upper)) & ~(upper - lower < 1e-9)
+        return np.where(shown, case.outcomes.covers()[:, t, layer, k], np.nan)
+
+    return measure
+
+
+def _band(case: Case) -> np.ndarray | None:
+    """The simultaneous band holds the truth of every target at every layer where it is drawn and concepts are carried.
+
+    Before that the truth itself is not defined: it is relative to controls that the instrument leaves out as undetected.
+    """
+    if case.family in EXACT:
+        return None
+    k = CURVES.index("band")
+    carried = (case.truth("base") > CARRIED).all(0)
+    blank = np.isnan(case.outcomes.curves[..., k, 1:]).all(-1) | np.isnan(case.truth("band")) | ~carried
+    return (case.outcomes.covers()[..., k] | blank).all((1, 2)).astype(float)
+
+
+def _error(case: Case) -> np.ndarray | None:
+    """Error of 1 - strength(aligned)/strength(base), also where only a bound is printed: else the rest is a selection."""
+    if case.concept is None:
+        return None
+    t, layer = case.place
+    base, aligned = (case.outcomes.curves[:, t, layer, CURVES.index(name), 0] for name in ("base", "aligned"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        estimate = np.where(base > 0, 1 - aligned / base, np.nan)
+    return estimate - case.truth("attenuation")[t, layer]
+
+
+def _claims(case: Case) -> Bool[np.ndarray, "redraw target layer"]:
+    return np.isin(case.outcomes.decisions, (ATTENUATED, AMPLIFIED))
+
+
+def _false_alarm(case: Case) -> np.ndarray:
+    """Any decision about a target that nothing was planted in, at any layer where the truth is within the margin."""
+    truth = case.truth("specific")
+    innocent = (truth <= MARGIN) & (truth >= -MARGIN) & (case.truth("base") > CARRIED).all(0)
+    others = np.array([name != case.concept for name in case.outcomes.targets])[:, None]
+    return (_claims(case) & innocent & others).any((1, 2)).astype(float)
+
+
+def _decided(case: Case) -> np.ndarray | None:
+    if case.concept is None:
+        return None
+    t, layer = case.place
+    return (case.outcomes.decisions[:, t, layer] == ATTENUATED).astype(float)
+
+
+def _equivalent(case: Case) -> np.ndarray | None:
+    """Share of (target, layer) shown equivalent."""
+    if case.family not in EXACT:
+        return None
+    blank = case.outcomes.decisions == 0
+    return ((case.outcomes.decisions == EQUIVALENT) | blank).all((1, 2)).astype(float)
+
+
+def _onset(case: Case) -> tuple[np.ndarray, np.ndarray] | None:
+    """Whether the onset set holds the first layer beyond the margin, and its size."""
+    if case.concept is None:
+        return None
+    t = case.place[0]
+    beyond = np.flatnonzero(case.truth("specific")[t] > MARGIN)
+    members = case.outcomes.onset[:, t]
+    holds = members[:, beyond[0]] if len(beyond) else case.outcomes.onset_none[:, t]
+    return holds.astype(float), members.sum(-1).astype(float)
+
+
+def _two_sided(case: Case) -> np.ndarray | None:
+    if case.concept is None:
+        return None
+    t, layer = case.place
+    lower, upper = case.outcomes.curves[:, t, layer, CURVES.index("attenuation"), 1:].T
+    return (~np.isnan(lower) & (upper < 1)).astype(float)
+
+
+def _detectable(case: Case) -> np.ndarray | None:
+    if case.concept is None:
+        return None
+    t, layer = case.place
+    return case.outcomes.minimum_detectable[:, t, layer]
+
+
+def _always(target: Target) -> Callable[[Case], Target | None]:
+    return lambda case: target
+
+
+def _when(target: Target, applies: Callable[[Case], bool]) -> Callable[[Case], Target | None]:
+    return lambda case: target if applies(case) else None
+
+
+def _keeps(least: float) -> Callable[[Case], bool]:
+    return lambda case: case.keep is not None and case.keep >= least
+
+
+def _planted_at(n: int) -> Callable[[Case], bool]:
+    return lambda case: case.family == "planted" and case.outcomes.n == n
+
+
+COVERAGE = Target(0.92, 0.98)
+METRICS: dict[str, Metric] = {
+    **{f"coverage_{curve}": Metric(_coverage(curve), True, _always(COVERAGE)) for curve in CURVES[:4]},
+    # The controls of a phantom are a fixed set, but `specific` speaks about controls in general: it may cover more.
+    "coverage_specific": Metric(_coverage("specific"), True, _always(Target(0.92))),
+    "coverage_band": Metric(_band, True, _always(Target(0.95))),
+    "bias": Metric(_error, False, _when(Target(-0.03, 0.03), _keeps(0.25))),
+    "rmse": Metric(lambda c: None if (e := _error(c)) is None else e**2, False, lambda c: None),
+    "false_alarm": Metric(_false_alarm, True, _always(Target(most=0.05))),
+    "decided": Metric(
+        _decided, True,
+        _when(Target(0.90), lambda c: c.family == "planted" and c.keep == 0.25 and c.outcomes.n >= 100),
+    ),
+    "equivalent": Metric(_equivalent, True, _always(Target(0.95))),
+    "onset_contains": Metric(lambda c: (o := _onset(c)) and o[0], True, _always(Target(0.95))),
+    "onset_size": Metric(lambda c: (o := _onset(c)) and o[1], False, _when(Target(most=3), _planted_at(100))),
+    "two_sided": Metric(_two_sided, True, _when(Target(0.95), _keeps(0.5))),
+    "minimum_detectable": Metric(_detectable, False, _when(Target(most=0.30), _planted_at(100))),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- the scorecard
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of scorecard.csv."""
+
+    family: str
+    architecture: str
+    concept: str
+    """Blank where nothing specific was planted."""
+    n: int
+    """Scenarios per concept."""
+    metric: str
+    value: float
+    lower: float
+    upper: float
+    target: str
+    """Blank for a number that is only reported."""
+    met: bool | None
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """What the instrument did on pairs of known truth."""
+
+    rows: tuple[Row, ...]
+    provenance: Mapping[str, Any]
+    """Versions, bases, sizes of populations, redraws, seed."""
+
+    @property
+    def missed(self) -> tuple[Row, ...]:
+        """Rows whose target was not met."""
+        return tuple(row for row in self.rows if row.met is False)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows of `scorecard.csv`."""
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=list(COLUMNS))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `scorecard.json` and `scorecard.csv`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"schema_version": SCHEMA_VERSION, "provenance": dict(self.provenance),
+                  "rows": [asdict(row) for row in self.rows]}  # fmt: skip
+        write_file(
+            folder / "scorecard.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+        table = io.StringIO()
+        self.to_frame().to_csv(table, index=False, float_format="%.6g")
+        write_file(folder / "scorecard.csv", table.getvalue().encode())
+
+    def plot(self) -> Figure:
+        """Coverage, false alarms and power by number of scenarios."""
+        from empathy_probes import scorepage
+
+        return scorepage.scorecard_figure(self)
+
+
+def load_scorecard(path: str | Path) -> Scorecard:
+    """Load `scorecard.json`, or the folder it is in.
+
+    Raises:
+        InputError: nothing of that kind is there.
+    """
+    path = Path(path)
+    path = path / "scorecard.json" if path.is_dir() else path
+    try:
+        record = json.loads(path.read_text(encoding="utf8"))
+        check_schema(record["schema_version"], path)
+        return Scorecard(tuple(Row(**row) for row in record["rows"]), record["provenance"])
+    except FileNotFoundError:
+        raise InputError(
+            f"no scorecard at {path}: expected scorecard.json; make it with 'empathy-probes calibrate'"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is no scorecard ({type(error).__name__}: {error}), expected what 'empathy-probes calibrate' wrote; make it again"
+        ) from None
+
+
+def score(cases: Sequence[Case]) -> tuple[Row, ...]:
+    """Pool the cases of every cell and judge each metric against its target."""
+    cells: dict[tuple[str, str, str, int], list[Case]] = {}
+    for case in cases:
+        family = case.family if case.keep is None else f"{case.family} {case.keep:g}"
+        cells.setdefault((family, case.architecture, case.concept or "", case.outcomes.n), []).append(case)
+    rows = []
+    for (family, architecture, concept, n), members in cells.items():
+        for name, metric in METRICS.items():
+            parts = [metric.measure(case) for case in members]
+            entries = np.concatenate([part for part in parts if part is not None] or [np.empty(0)])
+            entries = entries[~np.isnan(entries)]
+            if len(entries) < 2:
+                continue
+            estimate = (
+                binomial_interval(int(entries.sum()), len(entries)) if metric.proportion else _mean(entries)
+            )
+            if name == "rmse":
+                roots = np.sqrt(np.maximum([estimate.value, estimate.lower, estimate.upper], 0)).tolist()
+                estimate = Estimate(roots[0], roots[1], roots[2], estimate.n)
+            target = metric.target(members[0])
+            rows.append(_row(family, architecture, concept, n, name, estimate, target))
+    return tuple(rows)
+
+
+def proportion_row(
+    family: str,
+    architecture: str,
+    concept: str,
+    n: int,
+    metric: str,
+    entries: Float[np.ndarray, " n"],
+    target: Target | None,
+) -> Row:
+    """A row from zeros and ones."""
+    estimate = binomial_interval(int(entries.sum()), len(entries))
+    return _row(family, architecture, concept, n, metric, estimate, target)
+
+
+def mean_row(
+    family: str, architecture: str, concept: str, n: int, metric: str, entries: Float[np.ndarray, " n"]
+) -> Row:
+    """A row from numbers, without a target."""
+    return _row(family, architecture, concept, n, metric, _mean(entries), None)
+
+
+def _row(
+    family: str,
+    architecture: str,
+    concept: str,
+    n: int,
+    metric: str,
+    estimate: Estimate,
+    target: Target | None,
+) -> Row:
+    met = target.met_by(estimate) if target else None
+    return Row(
+        family,
+        architecture,
+        concept,
+        n,
+        metric,
+        estimate.value,
+        estimate.lower,
+        estimate.upper,
+        str(target or ""),
+        met,
+    )
+
+
+def _mean(entries: Float[np.ndarray, " n"]) -> Estimate:
+    reach = float(critical_t(len(entries) - 1)) * float(entries.std(ddof=1)) / np.sqrt(len(entries))
+    centre = float(entries.mean())
+    return Estimate(centre, centre - reach, centre + reach, len(entries))

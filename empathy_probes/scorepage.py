@@ -1,0 +1,180 @@
+"""The scorecard as a figure and as one HTML page that opens offline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from empathy_probes.drawing import BLUE, GREEN, GREY, VERMILLION, settings, svg
+from empathy_probes.report import environment, image_uri, script_hash, template_text
+from empathy_probes.scorecard import Row, Scorecard
+from empathy_probes.store import write_file
+from empathy_probes.tables import Cell
+
+METRICS = {
+    "coverage_base": "Share of redraws whose 95 % interval of the base's strength holds the truth, at the planted block.",
+    "coverage_aligned": "The same of the aligned model's strength.",
+    "coverage_difference": "The same of the difference of strengths.",
+    "coverage_attenuation": "The same of attenuation (pointwise).",
+    "coverage_specific": "The same of attenuation beyond the controls. It speaks about controls in general, so it may hold more than 95 %.",
+    "coverage_band": "Share of redraws whose simultaneous band holds the truth of all targets at all blocks together.",
+    "bias": "Mean error of the estimated attenuation at the planted block, of all redraws, also of those that print a bound only.",
+    "rmse": "Root mean square of the same error.",
+    "false_alarm": "Share of redraws in which anything is decided of a concept that nothing was planted in, at any block where its truth lies within the margin.",
+    "decided": "Share of redraws in which the planted concept is called attenuated at the planted block.",
+    "equivalent": "Share of redraws in which every target is shown equivalent at every block (pairs that compute the same).",
+    "onset_contains": "Share of redraws whose onset set holds the block where the truth first exceeds the margin.",
+    "onset_size": "Mean number of blocks in the onset set, of six.",
+    "two_sided": "Share of redraws whose interval of attenuation has both ends.",
+    "minimum_detectable": "Mean smallest attenuation that a run of this size would decide with 80 % power.",
+}  # fmt: skip
+SHOWN = (
+    "coverage_attenuation",
+    "coverage_band",
+    "bias",
+    "decided",
+    "false_alarm",
+    "onset_contains",
+    "onset_size",
+    "minimum_detectable",
+)
+HEAD = ["family", "architecture", "concept", "n", "metric", "value [95 %]", "target", "met"]
+_MARKS = {"llama": "o", "gpt2": "s"}
+
+
+def render_scorecard(card: Scorecard) -> str:
+    """The scorecard as HTML; equal scorecards give equal text."""
+    judged = [row for row in card.rows if row.met is not None]
+    script = template_text("report.js")
+    special = {
+        kind: [r for r in card.rows if r.family.startswith(f"{kind}:")] for kind in ("attack", "ablation")
+    }
+    provenance = card.provenance
+    return (
+        environment()
+        .get_template("scorecard.html.j2")
+        .render(
+            provenance=provenance,
+            n_judged=len(judged),
+            n_met=len(judged) - len(card.missed),
+            facts=[
+                ("redraws per cell", f"{provenance['redraws']}; fewer in proportion where n is over 100"),
+                ("scenarios drawn from", f"{provenance['population']} of the planted concept, {provenance['others']} of each other"),
+                ("n", ", ".join(str(n) for n in provenance["sizes"])),
+                ("texts", f"anything but the concept differs between a scenario's texts with probability {provenance['nuisance']}; "
+                          f"a text shows a random label with probability {provenance['doubt']}"),
+                ("multiplier draws", str(provenance["draws"])),
+                ("seed", str(provenance["seed"])),
+            ],
+            missed=_cells(card.missed),
+            attacks=_cells(special["attack"]),
+            ablations=_cells(special["ablation"]),
+            rows=_cells(card.rows),
+            head=HEAD,
+            metrics=METRICS,
+            image=image_uri(svg(scorecard_figure(card))),
+            script=Markup(script),
+            hash=script_hash(script),
+            css=Markup(template_text("report.css")),
+        )
+    )  # fmt: skip
+
+
+def write_scorecard(card: Scorecard, path: str | Path) -> Path:
+    """Write the page whole or not at all."""
+    path = Path(path)
+    write_file(path, render_scorecard(card).encode())
+    return path
+
+
+def _cells(rows: Sequence[Row]) -> list[list[Cell]]:
+    return [
+        [
+            Cell(row.family.replace("_", " ")), Cell(row.architecture), Cell(row.concept or "–"), Cell(str(row.n), sort=str(row.n)),
+            Cell(row.metric.replace("_", " ")),
+            Cell(f"{row.value:.3f} [{row.lower:.3f}, {row.upper:.3f}]", sort=f"{row.value:.6f}"),
+            Cell(row.target or "–"), Cell("–" if row.met is None else "yes" if row.met else "no"),
+        ]
+        for row in rows
+    ]  # fmt: skip
+
+
+def scorecard_figure(card: Scorecard) -> Figure:
+    """One panel per metric: families down, the metric across, a point per architecture and n."""
+    frame = card.to_frame()
+    frame = frame[~frame["family"].str.contains(":") & frame["metric"].isin(SHOWN)]
+    metrics = [m for m in SHOWN if m in set(frame["metric"])]
+    families = list(dict.fromkeys(frame["family"]))
+    sizes = sorted({int(n) for n in frame["n"]})
+    colours = dict(zip(sizes, (GREY, BLUE, VERMILLION), strict=False))
+    with settings():
+        rows = -(-len(metrics) // 2)
+        height = 0.24 * len(families) + 0.95
+        figure = Figure(figsize=(7.2, rows * height + 0.4))
+        FigureCanvasAgg(figure)
+        for i, metric in enumerate(metrics):
+            axes = figure.add_axes(
+                (0.2 + 0.42 * (i % 2), 1 - (0.4 + (i // 2 + 1) * height - 0.65) / (rows * height + 0.4), 0.35,
+                 (height - 0.95) / (rows * height + 0.4))
+            )  # fmt: skip
+            _panel(axes, frame[frame["metric"] == metric], metric, families, colours)
+            if i % 2:
+                axes.set_yticklabels([])
+        handles = [
+            figure.axes[0].plot([], [], "o", color=c, ms=4, label=f"n = {n}")[0] for n, c in colours.items()
+        ]
+        handles += [
+            figure.axes[0].plot([], [], mark, color="black", ms=4, mfc="none", label=name)[0]
+            for name, mark in _MARKS.items()
+        ]
+        figure.legend(handles=handles, loc="upper center", ncol=len(handles), frameon=False, fontsize=8)
+    return figure
+
+
+def _panel(
+    ax: Axes, rows: pd.DataFrame, metric: str, families: Sequence[str], colours: dict[int, str]
+) -> None:
+    target = next((t for t in rows["target"] if t), "")
+    low, high = _range(target)
+    pooled = rows.groupby(["family", "architecture", "n"], sort=False)[["value", "lower", "upper"]].agg(
+        {"value": "mean", "lower": "min", "upper": "max"}
+    )
+    ax.set_title(metric.replace("_", " "), fontsize=9, loc="left")
+    everything = [*pooled["lower"], *pooled["upper"], *(x for x in (low, high) if x is not None)]
+    left, right = min(everything), max(everything)
+    pad = 0.05 * (right - left or 1)
+    if target:
+        ax.axvspan(
+            left - pad if low is None else low,
+            right + pad if high is None else high,
+            color=GREEN,
+            alpha=0.15,
+            lw=0,
+        )
+    for row in pooled.reset_index().to_dict("records"):
+        family, gpt2 = str(row["family"]), row["architecture"] == "gpt2"
+        y = families.index(family) + 0.18 * (sorted(colours).index(row["n"]) - 1) + (0.07 if gpt2 else -0.07)
+        colour = colours[row["n"]]
+        ax.plot([row["lower"], row["upper"]], [y, y], "-", color=colour, lw=0.8)
+        ax.plot([row["value"]], [y], _MARKS.get(str(row["architecture"]), "o"), color=colour, ms=2.6)
+    ax.set_yticks(range(len(families)), [f.replace("_", " ") for f in families], fontsize=7)
+    ax.set_ylim(len(families) - 0.4, -0.6)
+    ax.set_xlim(left - pad, right + pad)
+    ax.tick_params(axis="x", labelsize=7)
+
+
+def _range(target: str) -> tuple[float | None, float | None]:
+    if not target:
+        return None, None
+    if target.startswith("≤"):
+        return None, float(target[1:])
+    if target.startswith("≥"):
+        return float(target[1:]), None
+    low, high = target.split(" to ")
+    return float(low), float(high)

@@ -1,0 +1,112 @@
+"""Whitening, cosine, transfer and the map between two models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.linalg import orthogonal_procrustes
+from sklearn.covariance import LedoitWolf
+
+from empathy_probes.alignment import fit_map
+from empathy_probes.geometry import cosine_from_kernels, transfer, whitened_kernels
+from empathy_probes.kernels import cross_kernels, strength_kernels, u_statistic
+from empathy_probes.stats import auroc, grouped_folds
+
+WIDTH = 12
+
+
+def turn(seed: int = 0) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((WIDTH, WIDTH)))[0]
+
+
+def neutral(m: int, seed: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((m, 2, WIDTH)) * np.linspace(0.5, 2, WIDTH)) + 0.3
+
+
+@pytest.mark.parametrize("m", [200, 8])
+def test_whitening_is_ledoit_wolf_also_with_fewer_texts_than_dimensions(m: int) -> None:
+    d, x = np.random.default_rng(0).standard_normal((6, 2, WIDTH)), neutral(m)
+    found = whitened_kernels(d, x)
+    for layer in range(2):
+        centred = x[:, layer] - x[:, layer].mean(0)
+        precision = np.linalg.inv(LedoitWolf(assume_centered=True).fit(centred).covariance_)
+        np.testing.assert_allclose(
+            found[layer], d[:, layer] @ precision @ d[:, layer].T, rtol=1e-6, atol=1e-8
+        )
+
+
+def test_d_prime_is_that_of_two_gaussians() -> None:
+    """Labels 1.5 standard deviations apart along every axis: d' is 1.5 sqrt(width)."""
+    rng = np.random.default_rng(0)
+    sd = np.linspace(0.5, 2, WIDTH)
+    d = 1.5 * sd + rng.standard_normal((400, 1, WIDTH)) * sd * np.sqrt(2)
+    x = rng.standard_normal((20000, 1, WIDTH)) * sd
+    value = float(u_statistic(whitened_kernels(d, x)[0]).value) ** 0.5
+    assert abs(value - 1.5 * np.sqrt(WIDTH)) < 0.1
+
+
+@pytest.mark.parametrize("shared", [1.0, 0.6, 0.0])
+def test_the_cosine_is_not_shrunk_by_noise_and_its_interval_holds_it(shared: float) -> None:
+    rng = np.random.default_rng(3)
+    first, second = np.eye(WIDTH)[:2]
+    other = shared * first + np.sqrt(1 - shared**2) * second
+    held, values = 0, []
+    for _ in range(200):
+        a, b = (x + rng.standard_normal((60, 1, WIDTH)) * 0.8 for x in (first, other))
+        one = np.ones((60, 1))
+        c = cosine_from_kernels(
+            strength_kernels(a, one), strength_kernels(b, one), cross_kernels(a, b, one, one)
+        )
+        held += bool(c.lower[0] <= shared <= c.upper[0])
+        values.append(c.value[0])
+    assert abs(np.mean(values) - shared) < 0.03  # plain cosines of the means would give about 0.85 of it
+    assert 0.90 <= held / 200 <= 1
+
+
+def test_the_cosine_is_blank_where_one_model_shows_nothing() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 50, 1, WIDTH))
+    a[..., 0] += 3
+    one = np.ones((50, 1))
+    c = cosine_from_kernels(strength_kernels(a, one), strength_kernels(b, one), cross_kernels(a, b, one, one))
+    assert np.isnan(c.value).all()
+
+
+def test_the_map_finds_a_rotation_and_knows_its_error() -> None:
+    x = neutral(300)
+    q = turn()
+    found = fit_map(x, x @ q)
+    np.testing.assert_allclose(found.forward(x), x @ q, atol=1e-8)
+    np.testing.assert_allclose(found.backward(x @ q), x, atol=1e-8)
+    assert (found.error < 1e-10).all() and not found.underdetermined
+    rng = np.random.default_rng(5)
+    unrelated = fit_map(x, rng.standard_normal(x.shape))
+    assert (unrelated.error > 0.9).all()
+
+
+def test_the_map_is_scipys_and_with_few_texts_lives_on_their_span() -> None:
+    x, y = neutral(40), neutral(40, 2)
+    a, b = x[:, 0] - x[:, 0].mean(0), y[:, 0] - y[:, 0].mean(0)
+    found = fit_map(x, y)
+    np.testing.assert_allclose(found.left[0] @ found.right[0].T, orthogonal_procrustes(a, b)[0], atol=1e-8)
+    few = fit_map(x[:6], x[:6] @ turn())
+    assert few.underdetermined
+    np.testing.assert_allclose(few.forward(x[:6]), x[:6] @ turn(), atol=1e-8)
+
+
+def test_a_rotated_model_defies_the_base_probe_until_the_map() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.tile([1, 0], 60)
+    units = [str(i // 2) for i in range(120)]
+    base = rng.standard_normal((120, 2, WIDTH))
+    base[..., 0] += 3 * labels[:, None]
+    q = turn(4)
+    aligned, folds = base @ q, grouped_folds(units, 5)
+    x = neutral(400)
+    plain = auroc(transfer(base, aligned, labels, folds), labels)
+    mapped = auroc(transfer(base, aligned, labels, folds, fit_map(x, x @ q)), labels)
+    same = auroc(transfer(base, base, labels, folds), labels)
+    assert (mapped > 0.95).all() and (abs(plain - 0.5) > 0.2).mean() < 1
+    np.testing.assert_allclose(mapped, same, atol=1e-3)
+    assert plain.min() < 0.9

@@ -1,0 +1,205 @@
+"""The scorecard: what a redraw says of a known truth, how cells are judged, and that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from empathy_probes import calibration
+from empathy_probes.calibration import Options, Twin, calibrate, full_twins, run_calibration
+from empathy_probes.errors import InputError
+from empathy_probes.kernels import strength_kernels, u_statistic
+from empathy_probes.planting import FAMILIES, TRAINED, list_bases
+from empathy_probes.redraws import CURVES, Population, Sample, redraw
+from empathy_probes.scorecard import METRICS, Case, Scorecard, Target, load_scorecard, score
+from empathy_probes.scorepage import METRICS as EXPLAINED
+from empathy_probes.scorepage import render_scorecard, write_scorecard
+from empathy_probes.stats import Estimate
+
+LAYERS, WIDTH, MANY = 4, 24, 900
+
+
+def sample(name: str, role: str, keep: tuple[float, ...], seed: int) -> Sample:
+    """A concept whose contrast is `keep` as strong in the second model, noise 4 times the squared signal."""
+    rng = np.random.default_rng(seed)
+    signal = np.zeros((LAYERS, WIDTH))
+    signal[:, 0] = 0.3
+    noise = rng.standard_normal((2, MANY, LAYERS, WIDTH)) * 0.6 / np.sqrt(WIDTH)
+    noise[1] = 0.9 * noise[0] + np.sqrt(1 - 0.81) * noise[1]
+    d = noise + np.stack([signal, signal * np.array(keep)[:, None]])[:, None]
+    squares = 1 + 0.1 * rng.standard_normal((2, MANY, LAYERS))
+    return Sample(name, role, d.astype(np.float32), squares)
+
+
+@pytest.fixture(scope="module")
+def population() -> Population:
+    none = (1.0,) * LAYERS
+    targets = [sample("valence", "target", (1, 1, 0.4, 0.4), 0), sample("distance", "target", none, 1)]
+    controls = [sample(f"control-{j}", "control", none, 10 + j) for j in range(7)]
+    return Population(tuple(range(LAYERS)), (*targets, *controls))
+
+
+@pytest.fixture(scope="module")
+def case(population: Population) -> Case:
+    return Case("planted", "made up", "valence", 2, 0.4, redraw(population, 60, 60))
+
+
+def test_the_truth_of_a_population_is_what_was_put_in(population: Population) -> None:
+    truth = population.truth[0]
+    np.testing.assert_allclose(truth[:, CURVES.index("attenuation")], [0, 0, 0.6, 0.6], atol=0.06)
+    np.testing.assert_allclose(truth[:, CURVES.index("base")], 0.3, atol=0.02)
+
+
+def test_intervals_of_redraws_hold_the_truth_and_the_planted_concept_is_decided(case: Case) -> None:
+    found = {row.metric: row for row in score([case])}
+    for metric in (
+        "coverage_base",
+        "coverage_attenuation",
+        "coverage_specific",
+        "coverage_band",
+        "onset_contains",
+    ):
+        assert found[metric].upper > 0.95, metric
+    assert (
+        found["decided"].value > 0.9 and found["false_alarm"].lower < 0.05 and abs(found["bias"].value) < 0.05
+    )
+
+
+def test_intervals_that_miss_are_seen(case: Case) -> None:
+    moved = case.outcomes.curves.copy()
+    moved[..., CURVES.index("attenuation"), :] += 0.3
+    row = next(
+        r
+        for r in score([replace(case, outcomes=replace(case.outcomes, curves=moved))])
+        if r.metric == "coverage_attenuation"
+    )
+    assert row.value < 0.5 and row.met is False
+
+
+def test_a_claim_about_an_innocent_concept_is_a_false_alarm_and_one_about_the_planted_is_not(
+    case: Case,
+) -> None:
+    claimed = np.zeros_like(case.outcomes.decisions)
+    claimed[:, 0] = 1
+    found = {r.metric: r for r in score([replace(case, outcomes=replace(case.outcomes, decisions=claimed))])}
+    assert found["false_alarm"].value == 0
+    claimed[:, 1] = 2
+    found = {r.metric: r for r in score([replace(case, outcomes=replace(case.outcomes, decisions=claimed))])}
+    assert found["false_alarm"].value == 1 and found["false_alarm"].met is False
+
+
+def test_the_sampling_error_of_the_rms_is_in_the_kernel() -> None:
+    """Without it the variance of U / rms^2 is far too small where contrasts are clean and norms are not."""
+    rng = np.random.default_rng(0)
+    values, variances, naive = [], [], []
+    for _ in range(300):
+        d = np.zeros((50, 1, 3))
+        d[..., 0] = 0.3 + 0.005 * rng.standard_normal((50, 1))
+        q = 1 + 0.3 * rng.standard_normal((50, 1))
+        u = u_statistic(strength_kernels(d, q)[0])
+        values.append(float(u.value))
+        variances.append(float(u.variance))
+        flat = d / np.sqrt(q.mean())
+        naive.append(float(u_statistic(np.einsum("sld,tld->lst", flat, flat)[0]).variance))
+    assert 0.8 < np.mean(variances) / np.var(values) < 1.25
+    assert np.mean(naive) / np.var(values) < 0.3
+
+
+def test_equal_models_stay_equal_in_every_redraw() -> None:
+    one = sample("valence", "target", (1,) * LAYERS, 0)
+    same = replace(
+        one, differences=np.stack([one.differences[0]] * 2), squares=np.stack([one.squares[0]] * 2)
+    )
+    controls = [replace(same, concept=f"c{j}", role="control") for j in range(6)]
+    outcomes = redraw(Population(tuple(range(LAYERS)), (same, *controls), same_model=True), 40, 5)
+    assert (outcomes.decisions == 3).all() and (outcomes.curves[..., CURVES.index("band"), :] == 0).all()
+
+
+def test_a_target_is_met_when_the_interval_reaches_it() -> None:
+    assert Target(0.92, 0.98).met_by(Estimate(0.90, 0.87, 0.93, 100))
+    assert not Target(0.92, 0.98).met_by(Estimate(0.90, 0.88, 0.91, 1000))
+    assert str(Target(most=0.05)) == "≤ 0.05" and str(Target(0.92, 0.98)) == "0.92 to 0.98"
+
+
+def test_too_small_a_population_is_refused(population: Population) -> None:
+    with pytest.raises(InputError, match="too few to draw 500"):
+        redraw(population, 500, 2)
+
+
+def test_a_saved_scorecard_is_the_scorecard_and_its_page_has_the_same_bytes(
+    case: Case, tmp_path: Path
+) -> None:
+    provenance = {"version": "0", "redraws": 60, "population": 900, "others": 900, "draws": 1000, "nuisance": 0.5,
+                  "doubt": 0.2, "seed": 0, "sizes": [60], "bases": ["made up"], "pairs": 1}  # fmt: skip
+    card = Scorecard(score([case]), provenance)
+    card.save(tmp_path)
+    again = load_scorecard(tmp_path)
+    assert again == card
+    page = write_scorecard(again, tmp_path / "scorecard.html").read_text(encoding="utf8")
+    assert page == render_scorecard(card) and "coverage attenuation" in page and 'src="http' not in page
+    assert {row.metric for row in card.rows} <= set(METRICS) == set(EXPLAINED)
+    header = (tmp_path / "scorecard.csv").read_text().splitlines()[0]
+    assert header == "family,architecture,concept,n,metric,value,lower,upper,target,met"
+
+
+def test_a_foreign_file_is_no_scorecard(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no scorecard at"):
+        load_scorecard(tmp_path / "scorecard.json")
+    (tmp_path / "scorecard.json").write_text("[]")
+    with pytest.raises(InputError, match="is no scorecard"):
+        load_scorecard(tmp_path)
+
+
+def test_every_family_has_its_place_in_the_full_run() -> None:
+    families = {twin.family for twin in full_twins(["llama-0"])}
+    assert families == {*FAMILIES, *TRAINED, "dtype"} - {
+        "template_shift"
+    }  # that one is an attack: equal weights
+
+
+def test_an_interrupted_run_goes_on_and_another_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twins = (Twin("llama-0", "rotated"), Twin("llama-0", "identical"))
+    options = Options(twins, sizes=(40,), population=80, others=80, redraws=4)
+    out = tmp_path / "card"
+    real, made = calibration.population, []
+
+    def counted(twin: Twin, *rest: object) -> Population:
+        if len(made) == 1 and not interrupted:
+            raise KeyboardInterrupt
+        made.append(twin.family)
+        return real(twin, *rest)  # type: ignore[arg-type]
+
+    interrupted: list[bool] = []
+    monkeypatch.setattr(calibration, "population", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_calibration(options, out, workers=1)
+    interrupted.append(True)
+    card = run_calibration(options, out, workers=1)
+    assert made == ["rotated", "identical"]
+    assert {row.family for row in card.rows if row.metric == "equivalent" and row.value == 1} == {
+        "rotated",
+        "identical",
+    }
+    with pytest.raises(InputError, match="other options"):
+        run_calibration(replace(options, seed=1), out, workers=1)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    with pytest.raises(InputError, match="is not empty"):
+        run_calibration(options, tmp_path / "full", workers=1)
+    assert json.loads((out / "parts" / "options.json").read_text())["options"]["redraws"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"redraws": 3}, "redraws got 3"), ({"workers": 0}, "workers got 0")]
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        calibrate(tmp_path / "x", **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no phantom bases"):
+        list_bases(tmp_path)
