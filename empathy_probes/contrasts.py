@@ -7,7 +7,7 @@ nothing to compare (blank). Equal kernels are exactly unchanged ("identical"). U
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -102,6 +102,7 @@ def compare(
     layers: Sequence[int],
     *,
     same_model: bool = False,
+    extra: Float[np.ndarray, "model=2 model=2 layer"] | None = None,
 ) -> Contrast:
     """Compare a concept's Gram matrices in the base (first) and the aligned model at every layer.
 
@@ -111,6 +112,7 @@ def compare(
         kernels: D D^T over scenarios, in units of each model's own rms.
         layers: block index of each layer, -1 for the input of block 0.
         same_model: both kernels come from equal weights, so that nothing differs even where there is no contrast.
+        extra: covariance of the two U from another source than the scenarios.
 
     Raises:
         InputError: fewer than 30 scenarios, repeated keys, wrong shapes, non-finite numbers.
@@ -118,6 +120,9 @@ def compare(
     kernels = np.asarray(kernels, dtype=float)
     _check(name, keys, kernels, layers)
     pair = pair_kernels(kernels[0], kernels[1], same_model=same_model)
+    if extra is not None:
+        # First-order terms enter every variance as 4 zeta_1 / n: the log form, Fieller's and the difference alike.
+        pair = replace(pair, zeta1=pair.zeta1 + pair.n / 4 * extra)
     t = float(critical_t(pair.n - 1))
     detected = pair.u[0] > t * pair.se[0]
     # The base counts too: a ratio over a weak base is as skewed as one of a weak aligned signal.

@@ -18,6 +18,9 @@ from empathy_probes.kernels import pair_kernels
 from empathy_probes.probes import paired_scores
 from empathy_probes.stats import Curve, critical_t
 
+# Groups of neutral texts that are left out in turn.
+GROUPS = 10
+
 
 def whitened_kernels(
     differences: Float[np.ndarray, "unit layer d_model"], neutral: Float[np.ndarray, "m layer d_model"]
@@ -42,6 +45,26 @@ def whitened_kernels(
             inner = x @ x.T + ridge / weight * np.eye(m)
             kernels.append((d @ d.T - cross @ np.linalg.solve(inner, cross.T)) / ridge)
     return np.stack(kernels)
+
+
+def whitening_covariance(
+    differences: tuple[Float[np.ndarray, "unit layer d_model"], Float[np.ndarray, "unit layer d_model"]],
+    neutral: tuple[Float[np.ndarray, "m layer d_model"], Float[np.ndarray, "m layer d_model"]],
+) -> Float[np.ndarray, "model=2 model=2 layer"]:
+    """Covariance of the whitened U of (base, aligned) that comes from the choice of neutral texts.
+
+    Delete-a-group jackknife; a group is left out of both models at once, because the texts are the same. Without it,
+    intervals of the attenuation of d' covered .77-.94 in simulations with 320 to 2,000 texts, with it .95 and more.
+    """
+    group = np.arange(len(neutral[0])) % GROUPS
+    values = np.empty((2, GROUPS, differences[0].shape[1]))
+    for model, (d, x) in enumerate(zip(differences, neutral, strict=True)):
+        for g in range(GROUPS):
+            kernels = whitened_kernels(d, x[group != g])
+            off = kernels.sum((-2, -1)) - np.trace(kernels, axis1=-2, axis2=-1)
+            values[model, g] = off / (len(d) * (len(d) - 1))
+    spread = values - values.mean(1, keepdims=True)
+    return (GROUPS - 1) / GROUPS * np.einsum("igl,jgl->ijl", spread, spread)
 
 
 def cosine_from_kernels(

@@ -19,7 +19,7 @@ from empathy_probes.activations import Activations
 from empathy_probes.alignment import fit_map
 from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import Contrast, compare
-from empathy_probes.geometry import transfer, whitened_kernels
+from empathy_probes.geometry import transfer, whitened_kernels, whitening_covariance
 from empathy_probes.kernels import cross_kernels, strength_kernels
 from empathy_probes.nulls import direction_gaps, largest_p, permutation_aurocs
 from empathy_probes.probes import N_FOLDS, cross_fitted_losses, cross_fitted_scores
@@ -33,6 +33,8 @@ class Views:
 
     whitened: Float[np.ndarray, "model=2 layer n n"]
     """D W Dᵀ, W the inverse covariance of neutral texts in each model: its strength is crossnobis d′."""
+    whitening: Float[np.ndarray, "model=2 model=2 layer"]
+    """Covariance of the two U of `whitened` that comes from the choice of neutral texts."""
     cross: Float[np.ndarray, "mapped=2 layer n n"]
     """<D_base,s, D_aligned,t>: as the states are, and with the base's carried over by the neutral-text map."""
     losses: Float[np.ndarray, "model=2 layer unit"]
@@ -97,7 +99,9 @@ class Measurement:
         """The same comparison of crossnobis d′."""
         keys = [f"{self.concept}\x1f{unit}" for unit in self.units]
         kernels = self.views.whitened.astype(np.float64)
-        return compare(self.concept, keys, kernels, self.layers, same_model=self.same_model)
+        return compare(
+            self.concept, keys, kernels, self.layers, same_model=self.same_model, extra=self.views.whitening
+        )
 
     @cached_property
     def beats_words(self) -> Bool[np.ndarray, " layer"]:
@@ -162,7 +166,9 @@ def measure_concept(
             differences,
             norms,
             shares,
-            [a.normalised for a in neutral],
+            # In units of the concept's rms: its differences and the neutral texts' spread must share one unit, or d′ would
+            # carry the ratio of two rms that differs between the models.
+            [x.normalised * (x.rms / a.rms)[:, None] for x, a in zip(neutral, acts, strict=True)],
             labels,
             units,
             scores,
@@ -210,8 +216,10 @@ def _views(
     def both(values: list[np.ndarray]) -> np.ndarray:
         return np.ascontiguousarray([values[i] for i in sides], np.float32)
 
+    whitening = whitening_covariance((differences[0], differences[sides[1]]), (neutral[0], neutral[sides[1]]))
     return Views(
         whitened=both(whitened),
+        whitening=whitening,
         cross=np.ascontiguousarray(cross, np.float32),
         losses=both(losses),
         transfer=np.ascontiguousarray([plain, mapped]),

@@ -183,7 +183,8 @@ def separation_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iter
     """Crossnobis d′."""
     c: Contrast = m.separation
     curves = {"base": c.base, "aligned": c.aligned, "difference": c.difference, "attenuation": c.attenuation}
-    return _curve_rows(m, n_layers, "d_prime", curves, [[*own, *flags] for own in c.flags])
+    few = ["few_neutral"] if m.views.map_underdetermined else []
+    return _curve_rows(m, n_layers, "d_prime", curves, [[*own, *few, *flags] for own in c.flags])
 
 
 def bits_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import CHAT, rows, tiny_gpt2, tiny_llama, word_tokenizer
 
+from empathy_probes.activations import Activations
 from empathy_probes.attenuation import (
     COLUMNS,
     Finding,
@@ -21,7 +22,7 @@ from empathy_probes.concepts import Concept
 from empathy_probes.design import design_study
 from empathy_probes.errors import InputError
 from empathy_probes.ledger import headlines, ledger_frame
-from empathy_probes.measurements import scenario_differences
+from empathy_probes.measurements import measure_concept, scenario_differences
 from empathy_probes.models import Model
 from empathy_probes.pairs import ModelPair, load_pair
 from empathy_probes.report import write_report
@@ -354,3 +355,70 @@ def test_a_study_made_in_a_notebook_is_saved_loaded_and_reported_alike(tmp_path:
         Study("By hand", [other]).save(tmp_path / "study")
     with pytest.raises(InputError, match="one of each kind"):
         Study("Two", [finding, other])
+
+
+MANY = [row["text"] for row in rows(200, 77, "neutral")]
+
+
+def live(finding: Finding, measure_name: str) -> Any:
+    frame = finding.to_frame()
+    return frame[(frame.measure == measure_name) & (frame.layer >= 0) & (frame.site != "text")]
+
+
+def test_a_rotated_twin_keeps_what_a_refit_reads_and_the_map_brings_the_direction_back(
+    tmp_path: Path,
+) -> None:
+    base, aligned = folded(gained()), folded(gained())
+    rotation = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(4)))[0]
+    aligned = transformed(aligned, rotation)
+    assert same_function(base, aligned)
+    finding = measure(pair_of(base, aligned), tmp_path, neutral=MANY)
+    assert not finding.measurements[0].views.map_underdetermined
+    for name, tolerance in (("d_prime", 1e-3), ("bits", 1e-3), ("auroc", 1e-9)):
+        assert live(finding, name).difference.abs().max() < tolerance, name
+    plain, mapped = live(finding, "cosine").aligned, live(finding, "cosine_mapped").aligned
+    assert plain.notna().all() and plain.abs().max() < 0.9
+    assert mapped.min() > 0.999
+    for way in ("base_to_aligned", "aligned_to_base"):
+        lost = live(finding, f"transfer_{way}").difference.abs()
+        kept = live(finding, f"transfer_{way}_mapped").difference.abs()
+        assert kept.max() < 0.01 and lost.max() > 0.05, way
+
+
+def test_a_model_against_itself_has_cosine_exactly_one(tmp_path: Path) -> None:
+    finding = measure(pair_of(tiny_llama(0), tiny_llama(0), CHAT, allow_identical=True), tmp_path)
+    for name in ("cosine", "cosine_mapped"):
+        assert (live(finding, name)[["aligned", "aligned_lower", "aligned_upper"]] == 1).all(axis=None)
+
+
+def test_neutral_texts_change_no_number_of_strength(tmp_path: Path) -> None:
+    pair = pair_of(tiny_llama(0), tiny_llama(1))
+    few, many = measure(pair, tmp_path), measure(pair, tmp_path, neutral=MANY)
+    numbers = [strength(f).select_dtypes("number").to_numpy(float) for f in (few, many)]
+    np.testing.assert_array_equal(*numbers)
+    a, b = live(few, "d_prime").base, live(many, "d_prime").base
+    assert not np.array_equal(a, b), "while d' does depend on them"
+
+
+def test_the_unit_of_the_neutral_texts_cancels_in_d_prime() -> None:
+    """Neutral texts twice as large in one model say that its concept's states are half as spread, not half as far apart."""
+    acts = Activations(
+        np.random.default_rng(0).standard_normal((80, 2, 8)).astype(np.float32),
+        (0, 1),
+        "resid_post",
+        "m",
+        False,
+    )
+    texts = Activations(
+        np.random.default_rng(1).standard_normal((60, 2, 8)).astype(np.float32),
+        (0, 1),
+        "resid_post",
+        "m",
+        False,
+    )
+    loud = replace(texts, acts=2 * texts.acts)
+    one, other = (
+        measure_concept(concept(), "raw", (acts, acts), (n, n), np.zeros(80), 0, True) for n in (texts, loud)
+    )
+    np.testing.assert_allclose(other.views.whitened, one.views.whitened / 4, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(other.kernels, one.kernels)

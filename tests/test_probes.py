@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
 
-from empathy_probes.probes import cross_fitted_scores, lexical_scores
+from empathy_probes.probes import (
+    _fit_platt,
+    bits,
+    bits_difference,
+    cross_fitted_losses,
+    cross_fitted_scores,
+    entropy,
+    lexical_scores,
+)
 from empathy_probes.stats import auroc, grouped_folds
 
 
@@ -77,3 +85,71 @@ def test_the_bag_of_words_finds_a_keyword_and_nothing_where_there_is_none(word: 
             units.append(str(s))
     area = auroc(lexical_scores(texts, np.array(labels), units, 0)[None], np.array(labels))[0]
     assert area > floor and (word or abs(area - 0.5) < 0.15)
+
+
+# ---------------------------------------------------------------- bits
+
+
+def contrast(n: int, gap: float, seed: int = 0, width: int = 12) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    rng = np.random.default_rng(seed)
+    labels = np.tile([1, 0], n)
+    rows = rng.standard_normal((2 * n, 2, width))
+    rows[..., 0] += gap * labels[:, None]
+    return rows, labels, [str(i // 2) for i in range(2 * n)]
+
+
+def test_bits_are_none_on_noise_and_never_more_than_the_label_is_worth() -> None:
+    none = [bits(cross_fitted_losses(*contrast(40, 0.0, seed)), 1.0).value for seed in range(12)]
+    assert -0.08 < np.mean(none) < 0.02
+    much = bits(cross_fitted_losses(*contrast(40, 12.0)), 1.0).value
+    assert (much > 0.9).all() and (much <= 1).all()
+    assert entropy(np.array([0, 1, 2, 3])) == 2 and entropy(np.array([0, 1, 0, 1])) == 1
+
+
+def test_bits_do_not_depend_on_scale_rotation_or_order() -> None:
+    rows, labels, units = contrast(30, 1.5)
+    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((12, 12)))[0]
+    first = cross_fitted_losses(rows, labels, units)
+    np.testing.assert_allclose(cross_fitted_losses(5 * rows @ turn, labels, units), first, atol=1e-9)
+    order = np.random.default_rng(2).permutation(60)
+    moved = cross_fitted_losses(rows[order], labels[order], [units[i] for i in order])
+    names = list(dict.fromkeys(units[i] for i in order))
+    np.testing.assert_allclose(moved[:, [names.index(str(i)) for i in range(30)]], first, atol=1e-9)
+
+
+def test_telling_every_text_three_times_adds_no_certainty() -> None:
+    rows, labels, units = contrast(40, 1.5)
+    once = bits(cross_fitted_losses(rows, labels, units), 1.0)
+    thrice = bits(
+        cross_fitted_losses(np.repeat(rows, 3, 0), np.repeat(labels, 3), list(np.repeat(units, 3))), 1.0
+    )
+    assert ((thrice.upper - thrice.lower) > 0.85 * (once.upper - once.lower)).all()
+
+
+def test_the_calibration_of_two_classes_is_a_penalised_logistic_regression() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    score = rng.standard_normal(200) + labels
+    score = (score - score.mean()) / score.std()
+    slope, intercept = _fit_platt(np.stack([-score, score], -1), np.eye(2)[labels])
+    peer = LogisticRegression(C=1.0).fit(score[:, None], labels)  # C = 1 is an N(0, 1) prior on the slope
+    # Two class scores -s and s make a logit of slope * s: (C - 1)/C of their difference.
+    np.testing.assert_allclose(slope, peer.coef_[0, 0], rtol=1e-3)
+    np.testing.assert_allclose(intercept[1] - intercept[0], peer.intercept_[0], atol=1e-3)
+
+
+def test_eight_classes_are_worth_up_to_three_bits() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.tile(np.arange(8), 25)
+    rows = 0.2 * rng.standard_normal((200, 1, 16)) + np.eye(16)[labels][:, None]
+    found = bits(
+        cross_fitted_losses(rows, labels, [str(i // 8) for i in range(200)], repeats=1), entropy(labels)
+    )
+    assert 2 < found.value[0] <= 3
+
+
+def test_a_difference_of_bits_is_paired_and_exactly_zero_for_equal_models() -> None:
+    losses = cross_fitted_losses(*contrast(40, 1.0))
+    same = bits_difference(losses, losses)
+    assert (same.value == 0).all() and (same.lower == 0).all() and (same.upper == 0).all()
+    assert (bits_difference(losses, losses + 0.1).upper < 0).all()
