@@ -177,7 +177,8 @@ def _concept(study: Tables, card: dict[str, Any]) -> Markup:
     here = mine[(mine["template"] == card["template"]) & (mine["site"].isin([card["site"], "text"]))]
     return _parts().concept(
         card, study.manifest.get("concepts", {}).get(card["concept"], {}), pictures, tables.flag_list(here),
-        tables.did_rows(did),
+        tables.did_rows(did), tables.view_rows(here, card["headline"].get("layer")), tables.VIEW_HEAD,
+        wording.layer_name(card["headline"]["layer"]) if not wording.missing(card["headline"].get("layer")) else "",
     )  # fmt: skip
 
 

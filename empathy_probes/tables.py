@@ -124,6 +124,38 @@ def did_rows(frame: pd.DataFrame) -> list[list[Cell]]:
     return rows
 
 
+VIEWS = {
+    "auroc": "probe, AUROC", "d_prime": "d′ (crossnobis)", "bits": "bits", "cosine": "cosine of directions",
+    "cosine_mapped": "cosine after the map", "transfer_base_to_aligned": "base's probe, AUROC",
+    "transfer_base_to_aligned_mapped": "base's probe after the map, AUROC",
+    "transfer_aligned_to_base": "aligned model's probe, AUROC",
+    "transfer_aligned_to_base_mapped": "aligned model's probe after the map, AUROC",
+}  # fmt: skip
+VIEW_HEAD = ["view", "in the base", "in the aligned model", "difference"]
+
+
+def view_rows(frame: pd.DataFrame, layer: Any) -> list[list[Cell]]:
+    """Other views of a concept at one layer.
+
+    Args:
+        frame: rows of attenuation.csv of one concept, template and site.
+        layer: the headline's.
+    """
+    here = frame[frame["layer"] == layer].set_index("measure")
+    rows = []
+    for measure, name in VIEWS.items():
+        if measure in here.index:
+            row = here.loc[measure]
+            cells = [
+                BLANK
+                if missing(row[c])
+                else f"{number(row[c])} {interval(row[f'{c}_lower'], row[f'{c}_upper'])}"
+                for c in ("base", "aligned", "difference")
+            ]
+            rows.append([Cell(name), *(Cell(text) for text in cells)])
+    return rows
+
+
 def flag_list(frame: pd.DataFrame) -> list[tuple[str, str, str]]:
     """Flags of some rows: name, where it holds, explanation."""
     where: dict[str, dict[str, set[int]]] = {}
