@@ -357,7 +357,15 @@ def guards(folder: Path, concept: str, layer: int) -> list[Float[np.ndarray, " d
 
 @cache
 def _guards(folder: Path) -> dict[str, Float[np.ndarray, "layer d_model"]]:
-    """Mean difference of every concept of the grammar after every block of a base."""
+    """Mean difference of every concept of the grammar after every block of a base, from beside it where it was kept."""
+    kept = folder / "guards.safetensors"
+    if kept.is_file():
+        return {name: tensor.double().numpy() for name, tensor in load_file(kept).items()}
+    return measure_guards(folder)
+
+
+def measure_guards(folder: Path) -> dict[str, Float[np.ndarray, "layer d_model"]]:
+    """The same, measured."""
     model = load_model(folder / "base", device="cpu", name=folder.name)
     store = open_store(f"memory://guards/{folder.name}")
     guards = {}
