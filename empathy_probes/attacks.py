@@ -196,10 +196,17 @@ def attack_rows(
         concept,
     )
 
-    add(
-        "ablation: raw units, rescaled twin",
-        "false_alarm",
-        alarms(redraw(in_raw_units(scaled), n, redraws, seed)),
+    # `specific` forgives a change of units, because controls share it: the size of the attenuation itself does not.
+    raw = redraw(in_raw_units(scaled), n, redraws, seed).curves[:, 0, planted.layers.index(layer)]
+    rows.append(
+        mean_row(
+            "ablation: raw units, rescaled twin",
+            architecture,
+            "",
+            n,
+            "bias",
+            raw[:, CURVES.index("attenuation"), 0],
+        )
     )
     truth = planted.truth[
         [s.concept for s in planted.of_role("target")].index(concept), layer, CURVES.index("attenuation")

@@ -147,11 +147,14 @@ class KernelPair:
 
 
 def pair_kernels(
-    base: Float[np.ndarray, "... n n"], aligned: Float[np.ndarray, "... n n"], *, same_model: bool = False
+    base: Float[np.ndarray, "... n n"], aligned: Float[np.ndarray, "... m m"], *, same_model: bool = False
 ) -> KernelPair:
     """Reduce two stacks of Gram matrices over the same scenarios to what their comparison needs.
 
     `same_model` says that both come from equal weights: then even layers without any contrast are identical.
+
+    Raises:
+        InputError: the two are not over equally many scenarios (m is n), or not of equal shape.
     """
     if base.shape != aligned.shape:
         raise InputError(

@@ -372,6 +372,6 @@ def _row(
 
 
 def _mean(entries: Float[np.ndarray, " n"]) -> Estimate:
-    reach = float(critical_t(len(entries) - 1)) * float(entries.std(ddof=1)) / np.sqrt(len(entries))
+    reach = float(critical_t(len(entries) - 1) * entries.std(ddof=1) / np.sqrt(len(entries)))
     centre = float(entries.mean())
     return Estimate(centre, centre - reach, centre + reach, len(entries))

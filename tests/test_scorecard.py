@@ -10,6 +10,14 @@ import numpy as np
 import pytest
 
 from empathy_probes import calibration
+from empathy_probes.attacks import (
+    correlated,
+    gap_attenuation,
+    in_raw_units,
+    keyword_leak,
+    missing_items,
+    shuffled_labels,
+)
 from empathy_probes.calibration import Options, Twin, calibrate, full_twins, run_calibration
 from empathy_probes.errors import InputError
 from empathy_probes.kernels import strength_kernels, u_statistic
@@ -203,3 +211,44 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, int
         calibrate(tmp_path / "x", **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no phantom bases"):
         list_bases(tmp_path)
+
+
+# ---------------------------------------------------------------- attacks and ablations
+
+
+def test_shuffled_labels_leave_nothing_to_decide(population: Population) -> None:
+    outcomes = shuffled_labels(population, 60, 20, 0)
+    assert not np.isin(outcomes.decisions, (1, 2)).any()
+    assert np.isin(redraw(population, 60, 20).decisions, (1, 2)).any(), "while the labels themselves do"
+
+
+def test_scenarios_told_five_times_need_their_cluster(population: Population) -> None:
+    without, within = correlated(population, population.samples[0], 2, 200, 60, 0)
+    assert without.mean() < 0.8 and within.mean() > 0.9
+
+
+def test_kernels_over_different_texts_are_refused_and_a_keyword_is_read_by_the_floor(
+    population: Population,
+) -> None:
+    assert missing_items(population, 60)
+    assert keyword_leak(60, 3, 0).all()
+
+
+def test_the_cross_fitted_gap_overstates_attenuation(population: Population) -> None:
+    """The reason why strength is a U-statistic."""
+    sample, truth = population.samples[0], population.truth[0, 2, CURVES.index("attenuation")]
+    errors = [
+        gap_attenuation(sample, np.random.default_rng(r).choice(sample.n, 60, replace=False), 2, r)[0] - truth
+        for r in range(60)
+    ]
+    assert np.mean(errors) > 0.03
+
+
+def test_raw_units_call_a_change_of_scale_a_change_of_strength(population: Population) -> None:
+    sample = population.samples[0]
+    scaled = replace(sample, differences=sample.differences * np.array([1, 3], np.float32)[:, None, None, None],
+                     squares=sample.squares * np.array([1, 9])[:, None, None])  # fmt: skip
+    whole = Population(population.layers, (scaled, *population.samples[1:]))
+    with_rms = redraw(whole, 60, 3).curves[:, 0, 0, CURVES.index("attenuation"), 0]
+    without = redraw(in_raw_units(whole), 60, 3).curves[:, 0, 0, CURVES.index("attenuation"), 0]
+    assert abs(with_rms).max() < 0.3 and without.max() < -1
