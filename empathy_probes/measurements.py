@@ -135,7 +135,8 @@ def measure_concept(
     folds = grouped_folds(units, N_FOLDS, seed)
     normalised = [a.normalised for a in acts]
     differences = [scenario_differences(rows, stimuli) for rows in normalised]
-    place = np.array([stimuli.units.index(unit) for unit in units])
+    order = {unit: i for i, unit in enumerate(stimuli.units)}
+    place = np.array([order[unit] for unit in units])
     shares = np.bincount(place) / len(place)
     norms = [
         np.eye(len(shares))[place].T @ (rows**2).sum(-1) / np.bincount(place)[:, None] for rows in normalised

@@ -147,9 +147,9 @@ def cross_fitted_losses(
             new = (new - centre[best, layer]) / spread[best, layer]
             slope, intercept = (x[best, layer] for x in fitted)
             total[:, test] += _cross_entropy(_logits(new, slope, intercept), classes[test]) / repeats
-    names = list(dict.fromkeys(units))
-    place = np.array([names.index(unit) for unit in units])
-    share = np.eye(len(names))[place] / np.bincount(place)
+    order = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+    place = np.array([order[unit] for unit in units])
+    share = np.eye(len(order))[place] / np.bincount(place)
     return np.asarray(total @ share / np.log(2))
 
 
