@@ -18,6 +18,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _MODULES = {
     "attenuation": ("Finding", "Settings", "load_finding", "measure", "measure_attenuation"),
+    "calibration": ("calibrate",),
     "concepts": (
         "Concept", "list_concepts", "load_concept", "load_concept_file", "load_controls", "load_neutral", "load_targets",
     ),
@@ -29,8 +30,9 @@ _MODULES = {
     "ledger": ("Headline", "headlines"),
     "models": ("Model", "Run", "load_model"),
     "pairs": ("ModelPair", "load_pair", "make_pair"),
-    "phantoms": ("list_phantoms", "load_phantom", "load_phantom_concepts", "phantom_truth", "write_phantom"),
+    "phantoms": ("build_phantom", "list_phantoms", "load_phantom", "load_phantom_concepts", "phantom_truth", "write_phantom"),
     "report": ("write_report",),
+    "scorecard": ("Scorecard", "load_scorecard"),
     "sites": ("Site",),
     "stats": ("Estimate",),
     "stimuli": ("StimulusSet", "load_stimuli", "stimuli_from_rows"),
@@ -55,6 +57,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from empathy_probes.attenuation import Finding, Settings, load_finding, measure, measure_attenuation
+    from empathy_probes.calibration import calibrate
     from empathy_probes.concepts import (
         Concept,
         list_concepts,
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     from empathy_probes.models import Model, Run, load_model
     from empathy_probes.pairs import ModelPair, load_pair, make_pair
     from empathy_probes.phantoms import (
+        build_phantom,
         list_phantoms,
         load_phantom,
         load_phantom_concepts,
@@ -91,6 +95,7 @@ if TYPE_CHECKING:
         write_phantom,
     )
     from empathy_probes.report import write_report
+    from empathy_probes.scorecard import Scorecard, load_scorecard
     from empathy_probes.sites import Site
     from empathy_probes.specs import StudySpec, read_spec, resolve
     from empathy_probes.stats import Estimate
