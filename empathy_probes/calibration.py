@@ -132,7 +132,7 @@ def calibrate(
         raise InputError(f"workers got {workers}, expected at least 1; leave it out for one per core")
     if quick:
         twins = quick_twins(list(list_bases()))
-        options = Options(twins, QUICK_SIZES, 600, 220, min(redraws, 100), seed=seed)
+        options = Options(twins, QUICK_SIZES, 500, 200, min(redraws, 80), seed=seed)
     else:
         bases = list_bases(phantoms)
         twins = tuple(twin for twin in full_twins(list(bases)) if has_twin(bases[twin.base], twin.family))
