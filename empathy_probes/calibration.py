@@ -21,15 +21,20 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from empathy_probes import __version__
+from empathy_probes.activations import Activations
 from empathy_probes.attacks import attack_rows, pointwise_alarms
+from empathy_probes.concepts import Concept
+from empathy_probes.design import neutral_set
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract
-from empathy_probes.grammar import TARGETS
+from empathy_probes.grammar import TARGETS, neutral_texts
+from empathy_probes.models import Model
 from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import has_twin, list_bases, open_twin
 from empathy_probes.prompts import render
 from empathy_probes.redraws import DRAWS, Outcomes, Population, redraw, sample_of
-from empathy_probes.scorecard import EXACT, Case, Row, Scorecard, proportion_row, score
+from empathy_probes.scorecard import COVERAGE, EXACT, Case, Row, Scorecard, proportion_row, score
+from empathy_probes.secondary import MEASURES, Exhibit, Readings, proportions, read_redraws
 from empathy_probes.store import digest_of, load_record, open_store, save_record, write_file
 
 logger = logging.getLogger(__name__)
@@ -79,6 +84,8 @@ class Options:
     seed: int = 0
     attack_redraws: int = 0
     """Per attack and ablation; none for a quick scorecard."""
+    measure_redraws: int = 0
+    """Of the secondary measures, per cell and n up to 100; none for a quick scorecard."""
 
 
 # What is planted in every base: concept, block, what is kept.
@@ -136,7 +143,8 @@ def calibrate(
     else:
         bases = list_bases(phantoms)
         twins = tuple(twin for twin in full_twins(list(bases)) if has_twin(bases[twin.base], twin.family))
-        options = Options(twins, redraws=redraws, seed=seed, attack_redraws=min(redraws, 200))
+        options = Options(twins, redraws=redraws, seed=seed, attack_redraws=min(redraws, 200),
+                          measure_redraws=min(redraws, 200))  # fmt: skip
     return run_calibration(options, out, phantoms=phantoms, workers=workers)
 
 
@@ -147,7 +155,7 @@ def run_calibration(
     out = Path(out)
     _claim(out, options)
     tasks = [(twin, _share(twin, options)) for twin in options.twins]
-    todo = [task for task in tasks if not all(_part(out, task[0], n).is_file() for n in options.sizes)]
+    todo = [task for task in tasks if not all(path.is_file() for path in _parts(out, task[0], options))]
     workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
     with tqdm(
         total=len(tasks), initial=len(tasks) - len(todo), desc="pairs", unit="pair", disable=None
@@ -171,7 +179,7 @@ def run_calibration(
         for case in cases
         if case.family == "continued"
     ]
-    card = Scorecard((*score(cases), *attacked, *pointwise), _provenance(options))
+    card = Scorecard((*score(cases), *_measured(options, out), *attacked, *pointwise), _provenance(options))
     card.save(out)
     return card
 
@@ -225,12 +233,46 @@ def _one_thread() -> None:
 
 
 def _run_twin(twin: Twin, redraws: int, options: Options, out: Path, phantoms: str | Path | None) -> Twin:
-    people = population(twin, options, phantoms)
+    if any(not _part(out, twin, n).is_file() for n in options.sizes):
+        people = population(twin, options, phantoms)
     for n in options.sizes:
         path = _part(out, twin, n)
         if not path.is_file():
-            save_record(redraw(people, n, max(round(redraws * min(1, 100 / n)), 2), options.seed), path)
+            many = max(round(redraws * min(1, 100 / n)), 2)
+            save_record(redraw(people, n, many, options.seed), path)
+    sizes = _measured_sizes(twin, options)
+    if any(not _part(out, twin, n, "measures_").is_file() for n in sizes):
+        shown = exhibit(twin, options, phantoms)
+    for n in sizes:
+        path = _part(out, twin, n, "measures_")
+        if not path.is_file():
+            many = max(round(options.measure_redraws * redraws / options.redraws), 2)
+            save_record(read_redraws(shown, n, many, options.seed), path)
     return twin
+
+
+def exhibit(twin: Twin, options: Options, phantoms: str | Path | None = None) -> Exhibit:
+    """The concept a twin is about (or the first target) at the block it is planted in (or the middle one)."""
+    pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
+    layer = pair.base.n_layers // 2 if twin.layer is None else twin.layer
+    seed = options.seed + POPULATION_SEED
+    names = (twin.concept or TARGETS[0],)
+    concept = load_phantom_concepts(options.population, seed, options.nuisance, options.doubt, names)[0][0]
+    neutral = neutral_set(neutral_texts(NEUTRAL_POPULATION, seed), concept)
+    acts = [
+        (_acts(pair.base, asked, (layer,), twin.key), _acts(pair.aligned, asked, (layer,), twin.key))
+        for asked in (concept, neutral)
+    ]
+    return Exhibit(concept, acts[0], acts[1], pair.identical)
+
+
+def _acts(model: Model, concept: Concept, layers: tuple[int, ...], key: str) -> Activations:
+    # Each concept's activations are used once: a store in memory holds them only as long as that.
+    store = open_store(f"memory://calibration/{key}/{os.getpid()}")
+    prompts = render(model.tokenizer, concept.stimuli, "raw", concept.speaker)
+    acts = extract(model, prompts, ("resid_post",), layers, store)["resid_post"]
+    store.clear()
+    return acts
 
 
 def population(
@@ -254,24 +296,23 @@ def population(
         )
         targets = tuple(more[0][0] if concept.name == first else concept for concept in targets)
     samples = []
-    # Each concept's activations are used once: a store in memory holds them only as long as that.
     for concept in (*targets, *controls):
         acts = []
         for model in pair.models:
-            stimuli = concept.stimuli
+            asked = concept
             if frame and model is pair.aligned:
-                framed = tuple(replace(item, text=frame + item.text) for item in stimuli.items)
-                stimuli = replace(stimuli, items=framed)
-            prompts = render(model.tokenizer, stimuli, "raw", concept.speaker)
-            store = open_store(f"memory://calibration/{twin.key}/{os.getpid()}")
-            acts.append(extract(model, prompts, ("resid_post",), layers, store)["resid_post"])
-            store.clear()
+                framed = tuple(replace(item, text=frame + item.text) for item in concept.stimuli.items)
+                asked = replace(concept, stimuli=replace(concept.stimuli, items=framed))
+            acts.append(_acts(model, asked, layers, twin.key))
         samples.append(sample_of(concept, acts))
     return Population(layers, tuple(samples), pair.identical and not frame)
 
 
 POPULATION_SEED = 50_000
 """Keeps the scenarios apart from those that twins are made with and from those of truth.json."""
+NEUTRAL_POPULATION = 4000
+MEASURED_UP_TO = 100
+"""Largest sample of the secondary measures: their nested probes cost a second and more beyond."""
 
 
 def quick_twins(bases: Sequence[str]) -> tuple[Twin, ...]:
@@ -297,8 +338,38 @@ def _case(twin: Twin, outcomes: Outcomes) -> Case:
     )
 
 
-def _part(out: Path, twin: Twin, n: int) -> Path:
-    return out / "parts" / f"{twin.key}_n{n}.safetensors"
+def _part(out: Path, twin: Twin, n: int, kind: str = "") -> Path:
+    return out / "parts" / f"{twin.key}_{kind}n{n}.safetensors"
+
+
+def _measured_sizes(twin: Twin, options: Options) -> tuple[int, ...]:
+    """Sizes at which secondary measures are sampled: not where both models are the same, to rounding."""
+    if not options.measure_redraws or twin.family in EXACT:
+        return ()
+    return tuple(n for n in options.sizes if n <= MEASURED_UP_TO)
+
+
+def _parts(out: Path, twin: Twin, options: Options) -> list[Path]:
+    measured = [_part(out, twin, n, "measures_") for n in _measured_sizes(twin, options)]
+    return [*(_part(out, twin, n) for n in options.sizes), *measured]
+
+
+def _measured(options: Options, out: Path) -> list[Row]:
+    """Coverage of the secondary measures, pooled like every other cell."""
+    cells: dict[tuple[str, str, str, int], list[Readings]] = {}
+    for twin in options.twins:
+        family = twin.family if twin.keep is None else f"{twin.family} {twin.keep:g}"
+        for n in _measured_sizes(twin, options):
+            readings = load_record(_part(out, twin, n, "measures_"), {"Readings": Readings})
+            cells.setdefault((family, twin.architecture, twin.concept or "", n), []).append(readings)
+    rows = []
+    for cell, readings in cells.items():
+        for i, (measure, column) in enumerate(MEASURES):
+            entries = proportions(readings, i)
+            if len(entries) >= 20:
+                name = f"coverage_{measure}_{column}"
+                rows.append(proportion_row(*cell, name, entries, COVERAGE))
+    return rows
 
 
 def _provenance(options: Options) -> dict[str, Any]:

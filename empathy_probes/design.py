@@ -86,7 +86,7 @@ def design_study(
             "the shipped ones"
         )
     # Read where concepts are read: states of the last token and means over a span differ in size and spread.
-    neutral_sets = {neutral_name(concept): _neutral_set(texts, concept) for concept in everything}
+    neutral_sets = {neutral_name(concept): neutral_set(texts, concept) for concept in everything}
     prompts = {
         (asked.name, chosen): _render_pair(pair, asked, chosen)
         for asked in (*everything, *neutral_sets.values())
@@ -109,7 +109,8 @@ def neutral_name(concept: Concept) -> str:
     return f"neutral ({'last token' if concept.stimuli.read_kind == 'last' else 'mean'}, {concept.speaker})"
 
 
-def _neutral_set(texts: Sequence[str], concept: Concept) -> Concept:
+def neutral_set(texts: Sequence[str], concept: Concept) -> Concept:
+    """Texts of no concept, read where this concept is read."""
     last = concept.stimuli.read_kind == "last"
     items = tuple(
         Stimulus(id=f"neutral-{i}", scenario=f"neutral-{i}", messages=(), text=text, label=0.0, frame="", cluster="",

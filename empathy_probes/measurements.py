@@ -21,7 +21,7 @@ from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.geometry import transfer, whitened_kernels, whitening_covariance
 from empathy_probes.kernels import cross_kernels, strength_kernels
-from empathy_probes.nulls import direction_gaps, largest_p, permutation_aurocs
+from empathy_probes.nulls import DRAWS, direction_gaps, largest_p, permutation_aurocs
 from empathy_probes.probes import N_FOLDS, cross_fitted_losses, cross_fitted_scores
 from empathy_probes.stats import auroc, auroc_difference, grouped_folds
 from empathy_probes.stimuli import StimulusSet
@@ -118,6 +118,7 @@ def measure_concept(
     text_scores: Float[np.ndarray, " item"],
     seed: int,
     same_model: bool,
+    null_draws: int = DRAWS,
 ) -> Measurement:
     """Reduce a concept's activations in both models, and those of the neutral texts, to a measurement.
 
@@ -129,6 +130,7 @@ def measure_concept(
         text_scores: out-of-fold scores of the bag of words.
         seed: of folds and draws.
         same_model: both models have equal weights.
+        null_draws: shuffles and random directions.
     """
     stimuli = concept.stimuli
     labels, units = stimuli_labels(stimuli), [item.unit for item in stimuli.items]
@@ -175,6 +177,7 @@ def measure_concept(
             scores,
             seed,
             same_model,
+            null_draws,
         ),
         same_model=same_model,
     )
@@ -191,6 +194,7 @@ def _views(
     scores: np.ndarray,
     seed: int,
     same_model: bool,
+    null_draws: int,
 ) -> Views:
     folds = grouped_folds(units, N_FOLDS, seed)
     carried = fit_map(*neutral)
@@ -207,9 +211,9 @@ def _views(
     sides = [0, 0] if same_model else [0, 1]
     shuffled, random, whitened, losses = [], [], [], []
     for i in sorted(set(sides)):
-        null = permutation_aurocs(normalised[i], labels, units, folds, seed=seed)
+        null = permutation_aurocs(normalised[i], labels, units, folds, null_draws, seed)
         shuffled.append(largest_p(auroc(scores[i], labels), null))
-        observed, gaps = direction_gaps(differences[i], neutral[i], seed=seed)
+        observed, gaps = direction_gaps(differences[i], neutral[i], null_draws, seed)
         random.append((1 + (gaps >= observed).sum(0)) / (len(gaps) + 1))
         whitened.append(whitened_kernels(differences[i], neutral[i]))
         losses.append(cross_fitted_losses(normalised[i], labels, units, seed=seed))

@@ -145,6 +145,8 @@ class Outcomes:
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     truth: Float[np.ndarray, "target layer curve"]
+    controls: Float[np.ndarray, "control layer"]
+    """Strength of the population's controls in the base."""
     curves: Float[np.ndarray, "redraw target layer curve value_lower_upper=3"]
     """In the order of `CURVES`."""
     decisions: Int8[np.ndarray, "redraw target layer"]
@@ -219,7 +221,8 @@ def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outco
             onset[r, t] = np.isin(population.layers, j.onset.members)
             none[r, t] = j.onset.includes_none
     return Outcomes(
-        n, np.array([s.n for s in population.of_role("target")]), tuple(targets), population.layers, population.truth, curves, decisions, detectable, onset, none
+        n, np.array([s.n for s in population.of_role("target")]), tuple(targets), population.layers, population.truth,
+        np.sqrt(np.maximum([s.u[0] for s in population.of_role("control")], 0)), curves, decisions, detectable, onset, none
     )  # fmt: skip
 
 

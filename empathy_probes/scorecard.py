@@ -109,12 +109,13 @@ def _coverage(curve: str) -> Callable[[Case], np.ndarray | None]:
 def _band(case: Case) -> np.ndarray | None:
     """The simultaneous band holds the truth of every target at every layer where it is drawn and concepts are carried.
 
-    Before that the truth itself is not defined: it is relative to controls that the instrument leaves out as undetected.
+    Before that the truth itself is not defined: it is relative to controls that the instrument leaves out as undetected. So it
+    is where a control is not carried yet.
     """
     if case.family in EXACT:
         return None
     k = CURVES.index("band")
-    carried = (case.truth("base") > CARRIED).all(0)
+    carried = (case.truth("base") > CARRIED).all(0) & (case.outcomes.controls > CARRIED).all(0)
     blank = np.isnan(case.outcomes.curves[..., k, 1:]).all(-1) | np.isnan(case.truth("band")) | ~carried
     return (case.outcomes.covers()[..., k] | blank).all((1, 2)).astype(float)
 

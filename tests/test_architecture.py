@@ -22,7 +22,7 @@ FLOORS = (
     {"models", "controls", "geometry", "nulls"},
     {"pairs", "extraction", "decisions", "measurements"},
     {"design", "planting", "redraws", "rows"},
-    {"attenuation", "scorecard"},
+    {"attenuation", "scorecard", "secondary"},
     {"ledger", "phantoms", "specs", "attacks"},
     {"study", "calibration"},
     {"wording", "drawing"},

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from empathy_probes import calibration
+from empathy_probes.activations import Activations
 from empathy_probes.attacks import (
     correlated,
     gap_attenuation,
@@ -21,11 +22,13 @@ from empathy_probes.attacks import (
 from empathy_probes.calibration import Options, Twin, calibrate, full_twins, run_calibration
 from empathy_probes.errors import InputError
 from empathy_probes.kernels import strength_kernels, u_statistic
+from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import FAMILIES, TRAINED, list_bases
 from empathy_probes.redraws import CURVES, Population, Sample, redraw
 from empathy_probes.scorecard import METRICS, Case, Scorecard, Target, load_scorecard, score
 from empathy_probes.scorepage import METRICS as EXPLAINED
 from empathy_probes.scorepage import render_scorecard, write_scorecard
+from empathy_probes.secondary import MEASURES, Exhibit, proportions, read_redraws
 from empathy_probes.stats import Estimate
 
 LAYERS, WIDTH, MANY = 4, 24, 900
@@ -149,7 +152,7 @@ def test_a_saved_scorecard_is_the_scorecard_and_its_page_has_the_same_bytes(
     assert again == card
     page = write_scorecard(again, tmp_path / "scorecard.html").read_text(encoding="utf8")
     assert page == render_scorecard(card) and "coverage attenuation" in page and 'src="http' not in page
-    assert {row.metric for row in card.rows} <= set(METRICS) == set(EXPLAINED)
+    assert {row.metric for row in card.rows} <= set(METRICS) < set(EXPLAINED)
     header = (tmp_path / "scorecard.csv").read_text().splitlines()[0]
     assert header == "family,architecture,concept,n,metric,value,lower,upper,target,met"
 
@@ -211,6 +214,56 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, int
         calibrate(tmp_path / "x", **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no phantom bases"):
         list_bases(tmp_path)
+
+
+# ---------------------------------------------------------------- secondary measures
+
+
+@pytest.fixture(scope="module")
+def exhibit() -> Exhibit:
+    """A concept of which half is left in the second model, and neutral texts."""
+    rng = np.random.default_rng(3)
+    concept = load_phantom_concepts(400, names=("valence",))[0][0]
+    label = np.array([float(item.label) for item in concept.stimuli.items])
+    noise = rng.standard_normal((2, 800, 1, 12))
+    noise[1] = 0.9 * noise[0] + np.sqrt(0.19) * noise[1]
+    noise[0, :, 0, 0] += 1.5 * label
+    noise[1, :, 0, 0] += 0.75 * label
+    neutral = rng.standard_normal((2, 2000, 1, 12))
+
+    def acts(rows: np.ndarray, model: str) -> Activations:
+        return Activations(rows.astype(np.float32), (0,), "resid_post", model, False)
+
+    return Exhibit(concept, (acts(noise[0], "base"), acts(noise[1], "aligned")),
+                   (acts(neutral[0], "base"), acts(neutral[1], "aligned")))  # fmt: skip
+
+
+def test_secondary_measures_hold_their_truth_and_miss_another_one(exhibit: Exhibit) -> None:
+    readings = read_redraws(exhibit, 60, 30)
+    truth = dict(zip(MEASURES, readings.truth, strict=True))
+    assert truth["d_prime", "base"] == pytest.approx(1.5, abs=0.15)
+    assert truth["d_prime", "attenuation"] == pytest.approx(0.5, abs=0.08)
+    assert truth["cosine", "aligned"] == pytest.approx(1, abs=0.05)
+    moved = replace(readings, truth=readings.truth + 0.6)
+    for measure in (
+        ("auroc", "base"),
+        ("bits", "difference"),
+        ("d_prime", "base"),
+        ("d_prime", "attenuation"),
+    ):
+        index = MEASURES.index(measure)
+        assert proportions([readings], index).mean() > 0.8, measure
+        assert proportions([moved], index).mean() < 0.2, measure
+    with pytest.raises(InputError, match="too few to draw 300"):
+        read_redraws(exhibit, 300, 2)
+
+
+def test_the_scorecard_has_rows_of_secondary_measures(tmp_path: Path) -> None:
+    twin = Twin("llama-0", "planted", "valence", 3, 0.5)
+    options = Options((twin,), sizes=(40,), population=80, others=80, redraws=22, measure_redraws=22)
+    card = run_calibration(options, tmp_path / "card", workers=1)
+    found = {row.metric: row for row in card.rows}
+    assert found["coverage_auroc_base"].value > 0.7 and found["coverage_bits_base"].target == "0.92 to 0.98"
 
 
 # ---------------------------------------------------------------- attacks and ablations

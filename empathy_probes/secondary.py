@@ -1,0 +1,177 @@
+"""The secondary measures on many scenario samples of one pair: AUROC, bits, d′, cosine and transfer.
+
+Each sample goes through `measure_concept` and the rows of attenuation.csv, as in a study, with neutral texts drawn anew. What
+d′ and cosine estimate does not depend on n: their truth is the value over the whole population. A cross-fitted probe is
+better the more scenarios it learns from: the truth of AUROC, bits and transfer is the mean over all samples of that size,
+so that coverage says whether the interval is as wide as the scatter of the estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from empathy_probes.activations import Activations
+from empathy_probes.alignment import fit_map
+from empathy_probes.concepts import Concept
+from empathy_probes.errors import InputError
+from empathy_probes.geometry import whitened_kernels
+from empathy_probes.kernels import cross_kernels, strength_kernels, u_statistic
+from empathy_probes.measurements import Measurement, measure_concept, scenario_differences
+from empathy_probes.rows import auroc_rows, bits_rows, cosine_rows, separation_rows, transfer_rows
+from empathy_probes.stats import d_prime
+
+# (measure, column) of attenuation.csv.
+MEASURES = (
+    ("auroc", "base"), ("auroc", "aligned"), ("auroc", "difference"), ("auroc", "attenuation"),
+    ("bits", "base"), ("bits", "aligned"), ("bits", "difference"),
+    ("d_prime", "base"), ("d_prime", "aligned"), ("d_prime", "attenuation"),
+    ("cosine", "aligned"), ("cosine_mapped", "aligned"),
+    ("transfer_base_to_aligned", "aligned"), ("transfer_base_to_aligned_mapped", "aligned"),
+)  # fmt: skip
+# Nulls say nothing about intervals; a study draws 999.
+NULL_DRAWS = 1
+NEUTRAL = 320
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """All texts of one concept, and neutral ones, at one layer of both models."""
+
+    concept: Concept
+    acts: tuple[Activations, Activations]
+    neutral: tuple[Activations, Activations]
+    same_model: bool = False
+    """Both models have equal weights."""
+
+    @property
+    def n(self) -> int:
+        """Number of scenarios."""
+        return self.concept.stimuli.n_scenarios
+
+
+@dataclass(frozen=True)
+class Readings:
+    """The secondary measures of one concept at one layer in every redraw of one pair at one n."""
+
+    n: int
+    population: int
+    """Scenarios drawn from."""
+    truth: Float[np.ndarray, " measure"]
+    """In the order of `MEASURES`."""
+    values: Float[np.ndarray, "redraw measure value_lower_upper=3"]
+
+    def covers(self) -> Bool[np.ndarray, "redraw measure"]:
+        """Which intervals hold the truth, shortened as samples without replacement demand; open ends hold everything."""
+        value, lower, upper = np.moveaxis(self.values.astype(np.float64), -1, 0)
+        shorter = np.sqrt(1 - self.n / self.population)
+        centre = np.where(np.isnan(value), (lower + upper) / 2, value)
+        low = np.where(np.isnan(lower), -np.inf, centre - shorter * (centre - lower))
+        high = np.where(np.isnan(upper), np.inf, centre + shorter * (upper - centre))
+        slack = 1e-6
+        return (low - slack <= self.truth) & (self.truth <= high + slack)
+
+
+def read_redraws(exhibit: Exhibit, n: int, redraws: int, seed: int = 0) -> Readings:
+    """Measure `redraws` samples of n scenarios.
+
+    Args:
+        exhibit: what is drawn from.
+        n: scenarios per sample.
+        redraws: how many samples.
+        seed: of samples and folds.
+
+    Raises:
+        InputError: there are fewer than 2 n scenarios.
+    """
+    if exhibit.n < 2 * n:
+        raise InputError(
+            f"{exhibit.n} scenarios are too few to draw {n} from, expected at least {2 * n}; make a larger population"
+        )
+    items: dict[str, list[int]] = {}
+    for i, item in enumerate(exhibit.concept.stimuli.items):
+        items.setdefault(item.scenario, []).append(i)
+    rows_of = [np.array(rows) for rows in items.values()]
+    values = np.full((redraws, len(MEASURES), 3), np.nan, np.float32)
+    for r in range(redraws):
+        rng = np.random.default_rng([seed, n, r, 31])
+        rows = np.concatenate([rows_of[i] for i in rng.choice(len(rows_of), n, replace=False)])
+        few = rng.choice(len(exhibit.neutral[0].acts), NEUTRAL, replace=False)
+        values[r] = _printed(_measured(exhibit, rows, few, seed + r))
+    return Readings(n, exhibit.n, _truth(exhibit, values.astype(np.float64)), values)
+
+
+def _measured(
+    exhibit: Exhibit, rows: Int[np.ndarray, " item"], neutral: Int[np.ndarray, " m"], seed: int
+) -> Measurement:
+    stimuli = exhibit.concept.stimuli
+    few = replace(exhibit.concept, stimuli=replace(stimuli, items=tuple(stimuli.items[i] for i in rows)))
+    return measure_concept(
+        few,
+        "raw",
+        [replace(a, acts=a.acts[rows]) for a in exhibit.acts],
+        [replace(a, acts=a.acts[neutral]) for a in exhibit.neutral],
+        np.zeros(len(rows)),
+        seed,
+        exhibit.same_model,
+        null_draws=NULL_DRAWS,
+    )
+
+
+def _printed(m: Measurement) -> Float[np.ndarray, "measure value_lower_upper=3"]:
+    """What a study prints, at the only layer there is."""
+    rows: list[dict[str, Any]] = []
+    for make in (auroc_rows, bits_rows, separation_rows, cosine_rows, transfer_rows):
+        rows += make(m, 1, ())
+    found = {row["measure"]: row for row in rows}
+    ends = ("", "_lower", "_upper")
+    return np.array([[found[measure][column + end] for end in ends] for measure, column in MEASURES])
+
+
+def _truth(
+    exhibit: Exhibit, values: Float[np.ndarray, "redraw measure end"]
+) -> Float[np.ndarray, " measure"]:
+    shown = ~np.isnan(values[..., 0])
+    count = shown.sum(0)
+    total = np.where(shown, values[..., 0], 0).sum(0)
+    means = dict(
+        zip(MEASURES, np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0), strict=True)
+    )
+    areas = means["auroc", "base"], means["auroc", "aligned"]
+    if 0.5 < areas[0] < 1 and areas[1] < 1:
+        means["auroc", "attenuation"] = float(1 - d_prime(np.array(areas[1])) / d_prime(np.array(areas[0])))
+    stimuli = exhibit.concept.stimuli
+    differences = [scenario_differences(a.normalised, stimuli) for a in exhibit.acts]
+    neutral = [
+        x.normalised * (x.rms / a.rms)[:, None] for x, a in zip(exhibit.neutral, exhibit.acts, strict=True)
+    ]
+    whitened = [_mean(whitened_kernels(d, x)) for d, x in zip(differences, neutral, strict=True)]
+    separation = np.sqrt(np.maximum(whitened, 0))
+    means["d_prime", "base"], means["d_prime", "aligned"] = separation.tolist()
+    means["d_prime", "attenuation"] = float(1 - separation[1] / separation[0])
+    one = np.ones((exhibit.n, 1))  # they are in units of the rms already
+    own = [_mean(strength_kernels(d, one)) for d in differences]
+    if min(own) > 0:
+        turned = differences[0] if exhibit.same_model else fit_map(*neutral).turn(differences[0])
+        for measure, base in (("cosine", differences[0]), ("cosine_mapped", turned)):
+            cross = _mean(cross_kernels(base, differences[1], one, one))
+            means[measure, "aligned"] = cross / np.sqrt(own[0] * own[1])
+    return np.array([means[measure] for measure in MEASURES])
+
+
+def _mean(kernel: Float[np.ndarray, "layer=1 n n"]) -> float:
+    return float(u_statistic(kernel).value[0])
+
+
+def proportions(readings: Sequence[Readings], index: int) -> Float[np.ndarray, " redraw"]:
+    """Zeros and ones of one measure over all pairs of a cell, without redraws that leave it blank."""
+    entries = []
+    for r in readings:
+        ends = r.values[:, index, 1:].astype(np.float64)
+        blank = np.isnan(ends).all(-1) | (ends[:, 1] - ends[:, 0] < 1e-9) | np.isnan(r.truth[index])
+        entries.append(r.covers()[~blank, index].astype(float))
+    return np.concatenate(entries)
