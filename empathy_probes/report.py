@@ -23,6 +23,8 @@ from markupsafe import Markup
 
 from empathy_probes import plots, tables, wording
 from empathy_probes.drawing import svg
+from empathy_probes.scorecard import METRIC_WORDS as METRICS
+from empathy_probes.scorecard import load_scorecard
 from empathy_probes.store import write_file
 
 
@@ -103,6 +105,7 @@ def render_report(study: Tables) -> str:
             sections=sections,
             used_flags=flags,
             models=_models(study.manifest),
+            known=_known_pairs(),
             scripts=[Markup(s) for s in scripts],
             hashes=[script_hash(s) for s in scripts],
             css=Markup(template_text("report.css")),
@@ -315,6 +318,29 @@ def _make_picture(name: str, alt: str, caption: str, static: Any, live: Any) -> 
 def _phantom(study: Tables) -> dict[str, Any] | None:
     planted = study.manifest.get("planted")
     return wording.planted_and_found(planted, _cards(study)) if planted else None
+
+
+@cache
+def _known_pairs() -> dict[str, Any]:
+    """The shipped scorecard: a row per metric, a column per n."""
+    card = load_scorecard()
+    frame = card.summary()
+    sizes = sorted(int(n) for n in frame["n"].unique())
+    rows = []
+    for (metric, target), cells in frame.groupby(["metric", "target"], sort=False):
+        by_size = {int(row["n"]): row for row in cells.to_dict("records")}
+        shown = [f"{by_size[n]['median']:.2f} ({by_size[n]['smallest']:.2f} to {by_size[n]['largest']:.2f})"
+                 if n in by_size else "–" for n in sizes]  # fmt: skip
+        rows.append(
+            (METRICS[str(metric)], shown, str(target), int(cells["met"].sum()), int(cells["cells"].sum()))
+        )
+    judged = [row for row in card.rows if row.met is not None]
+    return {
+        "sizes": sizes, "rows": rows, "pairs": card.provenance["pairs"], "redraws": card.provenance["redraws"],
+        "met": len(judged) - len(card.missed), "judged": len(judged),
+        "wide": sum(row.metric.startswith("coverage") and row.lower > 0.95 for row in card.missed),
+        "missed": len(card.missed),
+    }  # fmt: skip
 
 
 def _models(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,6 +222,26 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 
+METRIC_WORDS = {
+    "coverage_base": "Share of redraws whose 95 % interval of the base's strength holds the truth, at the planted block.",
+    "coverage_aligned": "The same of the aligned model's strength.",
+    "coverage_difference": "The same of the difference of strengths.",
+    "coverage_attenuation": "The same of attenuation (pointwise).",
+    "coverage_specific": "The same of attenuation beyond the controls. It speaks about controls in general, so it may hold more than 95 %.",
+    "coverage_band": "Share of redraws whose simultaneous band holds the truth of all targets at all blocks together.",
+    "bias": "Mean error of the estimated attenuation at the planted block, of all redraws, also of those that print a bound only.",
+    "rmse": "Root mean square of the same error.",
+    "false_alarm": "Share of redraws in which anything is decided of a concept that nothing was planted in, at any block where its truth lies within the margin.",
+    "decided": "Share of redraws in which the planted concept is called attenuated at the planted block.",
+    "equivalent": "Share of redraws in which every target is shown equivalent at every block (pairs that compute the same).",
+    "onset_contains": "Share of redraws whose onset set holds the block where the truth first exceeds the margin.",
+    "onset_size": "Mean number of blocks in the onset set, of six.",
+    "two_sided": "Share of redraws whose interval of attenuation has both ends.",
+    "minimum_detectable": "Mean smallest attenuation that a run of this size would decide with 80 % power.",
+    "coverage_<measure>_<column>": "Share of redraws in which this interval of attenuation.csv holds the truth, at the planted block. Truth of d′ and cosine: the whole population and 4,000 neutral texts. Truth of AUROC, bits and transfer: their mean over samples of this size.",
+}  # fmt: skip
+
+
 # ---------------------------------------------------------------- the scorecard
 
 
@@ -260,6 +281,20 @@ class Scorecard:
         """The rows of `scorecard.csv`."""
         return pd.DataFrame([asdict(row) for row in self.rows], columns=list(COLUMNS))
 
+    def summary(self) -> pd.DataFrame:
+        """Per metric and n: smallest, median and largest cell, and how many of the cells meet the target.
+
+        Columns `metric, n, smallest, median, largest, target, cells, met`; cells without a target count as not judged, and
+        attacks and ablations are left out. A metric whose target differs between cells has only its judged cells here.
+        """
+        frame = self.to_frame()
+        frame = frame[~frame["family"].str.contains(":") & (frame["target"] != "")]
+        groups = frame.groupby(["metric", "n", "target"], sort=False)
+        return groups.agg(
+            smallest=("value", "min"), median=("value", "median"), largest=("value", "max"), cells=("value", "size"),
+            met=("met", "sum"),
+        ).reset_index()  # fmt: skip
+
     def save(self, folder: str | Path) -> None:
         """Write `scorecard.json` and `scorecard.csv`."""
         folder = Path(folder)
@@ -280,13 +315,13 @@ class Scorecard:
         return scorepage.scorecard_figure(self)
 
 
-def load_scorecard(path: str | Path) -> Scorecard:
-    """Load `scorecard.json`, or the folder it is in.
+def load_scorecard(path: str | Path | None = None) -> Scorecard:
+    """Load `scorecard.json`, or the folder it is in; by default the one shipped with the package (`docs/scorecard`).
 
     Raises:
         InputError: nothing of that kind is there.
     """
-    path = Path(path)
+    path = Path(str(files("empathy_probes"))) / "data" if path is None else Path(path)
     path = path / "scorecard.json" if path.is_dir() else path
     try:
         record = json.loads(path.read_text(encoding="utf8"))

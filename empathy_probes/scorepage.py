@@ -13,28 +13,10 @@ from matplotlib.figure import Figure
 
 from empathy_probes.drawing import BLUE, GREEN, GREY, VERMILLION, settings, svg
 from empathy_probes.report import environment, image_uri, script_hash, template_text
-from empathy_probes.scorecard import Row, Scorecard
+from empathy_probes.scorecard import METRIC_WORDS, Row, Scorecard
 from empathy_probes.store import write_file
 from empathy_probes.tables import Cell
 
-METRICS = {
-    "coverage_base": "Share of redraws whose 95 % interval of the base's strength holds the truth, at the planted block.",
-    "coverage_aligned": "The same of the aligned model's strength.",
-    "coverage_difference": "The same of the difference of strengths.",
-    "coverage_attenuation": "The same of attenuation (pointwise).",
-    "coverage_specific": "The same of attenuation beyond the controls. It speaks about controls in general, so it may hold more than 95 %.",
-    "coverage_band": "Share of redraws whose simultaneous band holds the truth of all targets at all blocks together.",
-    "bias": "Mean error of the estimated attenuation at the planted block, of all redraws, also of those that print a bound only.",
-    "rmse": "Root mean square of the same error.",
-    "false_alarm": "Share of redraws in which anything is decided of a concept that nothing was planted in, at any block where its truth lies within the margin.",
-    "decided": "Share of redraws in which the planted concept is called attenuated at the planted block.",
-    "equivalent": "Share of redraws in which every target is shown equivalent at every block (pairs that compute the same).",
-    "onset_contains": "Share of redraws whose onset set holds the block where the truth first exceeds the margin.",
-    "onset_size": "Mean number of blocks in the onset set, of six.",
-    "two_sided": "Share of redraws whose interval of attenuation has both ends.",
-    "minimum_detectable": "Mean smallest attenuation that a run of this size would decide with 80 % power.",
-    "coverage_<measure>_<column>": "Share of redraws in which this interval of attenuation.csv holds the truth, at the planted block. Truth of d′ and cosine: the whole population and 4,000 neutral texts. Truth of AUROC, bits and transfer: their mean over samples of this size.",
-}  # fmt: skip
 SHOWN = (
     "coverage_attenuation",
     "coverage_band",
@@ -79,7 +61,7 @@ def render_scorecard(card: Scorecard) -> str:
             ablations=_cells(special["ablation"]),
             rows=_cells(card.rows),
             head=HEAD,
-            metrics=METRICS,
+            metrics=METRIC_WORDS,
             image=image_uri(svg(scorecard_figure(card))),
             script=Markup(script),
             hash=script_hash(script),

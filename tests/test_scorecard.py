@@ -25,8 +25,7 @@ from empathy_probes.kernels import strength_kernels, u_statistic
 from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import FAMILIES, TRAINED, list_bases
 from empathy_probes.redraws import CURVES, Population, Sample, redraw
-from empathy_probes.scorecard import METRICS, Case, Scorecard, Target, load_scorecard, score
-from empathy_probes.scorepage import METRICS as EXPLAINED
+from empathy_probes.scorecard import METRIC_WORDS, METRICS, Case, Scorecard, Target, load_scorecard, score
 from empathy_probes.scorepage import render_scorecard, write_scorecard
 from empathy_probes.secondary import MEASURES, Exhibit, proportions, read_redraws
 from empathy_probes.stats import Estimate
@@ -152,7 +151,7 @@ def test_a_saved_scorecard_is_the_scorecard_and_its_page_has_the_same_bytes(
     assert again == card
     page = write_scorecard(again, tmp_path / "scorecard.html").read_text(encoding="utf8")
     assert page == render_scorecard(card) and "coverage attenuation" in page and 'src="http' not in page
-    assert {row.metric for row in card.rows} <= set(METRICS) < set(EXPLAINED)
+    assert {row.metric for row in card.rows} <= set(METRICS) < set(METRIC_WORDS)
     header = (tmp_path / "scorecard.csv").read_text().splitlines()[0]
     assert header == "family,architecture,concept,n,metric,value,lower,upper,target,met"
 
