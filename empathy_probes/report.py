@@ -23,8 +23,7 @@ from markupsafe import Markup
 
 from empathy_probes import plots, tables, wording
 from empathy_probes.drawing import svg
-from empathy_probes.scorecard import METRIC_WORDS as METRICS
-from empathy_probes.scorecard import load_scorecard
+from empathy_probes.scorecard import METRIC_WORDS, load_scorecard
 from empathy_probes.store import write_file
 
 
@@ -336,7 +335,7 @@ def _known_pairs() -> dict[str, Any]:
         )
     judged = [row for row in card.rows if row.met is not None]
     return {
-        "sizes": sizes, "rows": rows, "pairs": card.provenance["pairs"], "redraws": card.provenance["redraws"],
+        "sizes": sizes, "rows": rows, "words": [(m.replace("_", " "), METRIC_WORDS[m]) for m in frame["metric"].unique()], "pairs": card.provenance["pairs"], "redraws": card.provenance["redraws"],
         "met": len(judged) - len(card.missed), "judged": len(judged),
         "wide": sum(row.metric.startswith("coverage") and row.lower > 0.95 for row in card.missed),
         "missed": len(card.missed),

@@ -156,6 +156,16 @@ def test_a_saved_scorecard_is_the_scorecard_and_its_page_has_the_same_bytes(
     assert header == "family,architecture,concept,n,metric,value,lower,upper,target,met"
 
 
+def test_the_shipped_scorecard_sums_up_as_its_rows_do() -> None:
+    card = load_scorecard()
+    summary = card.summary()
+    judged = [r for r in card.rows if r.met is not None and ":" not in r.family]
+    assert summary["cells"].sum() == len(judged) and summary["met"].sum() == sum(bool(r.met) for r in judged)
+    cells = [r.value for r in judged if (r.metric, r.n) == ("coverage_base", 40)]
+    row = summary[(summary["metric"] == "coverage_base") & (summary["n"] == 40)].iloc[0]
+    assert (row["smallest"], row["median"], row["largest"]) == (min(cells), np.median(cells), max(cells))
+
+
 def test_a_foreign_file_is_no_scorecard(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no scorecard at"):
         load_scorecard(tmp_path / "scorecard.json")
