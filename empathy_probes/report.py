@@ -331,7 +331,13 @@ def _known_pairs() -> dict[str, Any]:
         shown = [f"{by_size[n]['median']:.2f} ({by_size[n]['smallest']:.2f} to {by_size[n]['largest']:.2f})"
                  if n in by_size else "–" for n in sizes]  # fmt: skip
         rows.append(
-            (METRICS[str(metric)], shown, str(target), int(cells["met"].sum()), int(cells["cells"].sum()))
+            (
+                str(metric).replace("_", " "),
+                shown,
+                str(target),
+                int(cells["met"].sum()),
+                int(cells["cells"].sum()),
+            )
         )
     judged = [row for row in card.rows if row.met is not None]
     return {
