@@ -33,7 +33,7 @@ from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import has_twin, list_bases, open_twin
 from empathy_probes.prompts import render
 from empathy_probes.redraws import DRAWS, Outcomes, Population, redraw, sample_of
-from empathy_probes.scorecard import COVERAGE, EXACT, Case, Row, Scorecard, proportion_row, score
+from empathy_probes.scorecard import COVERAGE, EXACT, Case, Row, Scorecard, cell_family, proportion_row, score
 from empathy_probes.secondary import MEASURES, Exhibit, Readings, proportions, read_redraws
 from empathy_probes.store import digest_of, load_record, open_store, save_record, write_file
 
@@ -358,7 +358,7 @@ def _measured(options: Options, out: Path) -> list[Row]:
     """Coverage of the secondary measures, pooled like every other cell."""
     cells: dict[tuple[str, str, str, int], list[Readings]] = {}
     for twin in options.twins:
-        family = twin.family if twin.keep is None else f"{twin.family} {twin.keep:g}"
+        family = cell_family(twin.family, twin.keep)
         for n in _measured_sizes(twin, options):
             readings = load_record(_part(out, twin, n, "measures_"), {"Readings": Readings})
             cells.setdefault((family, twin.architecture, twin.concept or "", n), []).append(readings)

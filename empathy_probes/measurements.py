@@ -169,9 +169,7 @@ def measure_concept(
             differences,
             norms,
             shares,
-            # In units of the concept's rms: its differences and the neutral texts' spread must share one unit, or d′ would
-            # carry the ratio of two rms that differs between the models.
-            [x.normalised * (x.rms / a.rms)[:, None] for x, a in zip(neutral, acts, strict=True)],
+            neutral_states(neutral, acts),
             labels,
             units,
             scores,
@@ -233,6 +231,17 @@ def _views(
         random_p=both(random),
         map_underdetermined=carried.underdetermined,
     )
+
+
+def neutral_states(
+    neutral: Sequence[Activations], acts: Sequence[Activations]
+) -> list[Float[np.ndarray, "m layer d_model"]]:
+    """Neutral texts of both models in units of the concept's rms.
+
+    Its differences and the neutral texts' spread must share one unit, or d′ would carry the ratio of two rms that differs
+    between the models.
+    """
+    return [x.normalised * (x.rms / a.rms)[:, None] for x, a in zip(neutral, acts, strict=True)]
 
 
 def stimuli_labels(stimuli: StimulusSet) -> Int[np.ndarray, " item"]:

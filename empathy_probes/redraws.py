@@ -164,18 +164,43 @@ class Outcomes:
 
     def covers(self) -> Bool[np.ndarray, "redraw target layer curve"]:
         """Which intervals hold the truth; an open end (NaN) holds everything on its side."""
-        value, lower, upper = np.moveaxis(self.curves.astype(np.float64), -1, 0)
-        # Without replacement: errors are this much smaller than those of a sample from an endless population.
-        shorter = np.sqrt(1 - self.n / self.population)[:, None, None]
-        centre = np.where(np.isnan(value), (lower + upper) / 2, value)
-        # A strength cut off at 0 and an attenuation that reaches 1 are open ends too.
         cut = np.array([name in ("base", "aligned") for name in CURVES])
-        open_low = np.isnan(lower) | (cut & (lower == 0))
-        open_high = np.isnan(upper) | (~cut & (upper >= 1))
-        low = np.where(open_low, -np.inf, centre - shorter * (centre - lower))
-        high = np.where(open_high, np.inf, centre + shorter * (upper - centre))
-        slack = 1e-6  # float32 in the stored ends, and rounding where nothing differs
-        return (low - slack <= self.truth) & (self.truth <= high + slack)
+        return holds(self.truth, self.curves, (self.n / self.population)[:, None, None], cut, ~cut)
+
+
+def holds(
+    truth: Float[np.ndarray, "*#batch"],
+    intervals: Float[np.ndarray, "*batch value_lower_upper=3"],
+    drawn: Float[np.ndarray, "*#batch"] | float,
+    strength: Bool[np.ndarray, "*#batch"],
+    share: Bool[np.ndarray, "*#batch"],
+) -> Bool[np.ndarray, "*batch"]:
+    """Which intervals hold the truth; an end that is open (NaN) or cut off holds everything on its side.
+
+    Args:
+        truth: what is estimated.
+        intervals: value and ends.
+        drawn: part of the population that a sample is: without replacement, errors are smaller by sqrt(1 - drawn).
+        strength: cut off at 0 below.
+        share: attenuation or cosine, whose upper end 1 says "no bound".
+    """
+    value, lower, upper = np.moveaxis(intervals.astype(np.float64), -1, 0)
+    shorter = np.sqrt(1 - drawn)
+    centre = np.where(np.isnan(value), (lower + upper) / 2, value)
+    open_low = np.isnan(lower) | (strength & (lower == 0))
+    open_high = np.isnan(upper) | (share & (upper >= 1))
+    low = np.where(open_low, -np.inf, centre - shorter * (centre - lower))
+    high = np.where(open_high, np.inf, centre + shorter * (upper - centre))
+    slack = 1e-6  # float32 in the stored ends, and rounding where nothing differs
+    return (low - slack <= truth) & (truth <= high + slack)
+
+
+def check_size(population: int, n: int) -> None:
+    """Refuse samples of more than half of the scenarios there are."""
+    if population < 2 * n:
+        raise InputError(
+            f"{population} scenarios are too few to draw {n} from, expected at least {2 * n}; make a larger population"
+        )
 
 
 def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outcomes:
@@ -190,11 +215,7 @@ def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outco
     Raises:
         InputError: a concept has fewer than 2 n scenarios.
     """
-    smallest = min(s.n for s in population.samples)
-    if smallest < 2 * n:
-        raise InputError(
-            f"{smallest} scenarios are too few to draw {n} from, expected at least {2 * n}; make a larger population"
-        )
+    check_size(min(s.n for s in population.samples), n)
     targets = [s.concept for s in population.of_role("target")]
     shape = (redraws, len(targets), len(population.layers))
     curves = np.full((*shape, len(CURVES), 3), np.nan, np.float32)

@@ -343,7 +343,7 @@ def _known_pairs() -> dict[str, Any]:
     return {
         "sizes": sizes, "rows": rows, "words": [(m.replace("_", " "), METRIC_WORDS[m]) for m in frame["metric"].unique()], "pairs": card.provenance["pairs"], "redraws": card.provenance["redraws"],
         "met": len(judged) - len(card.missed), "judged": len(judged),
-        "wide": sum(row.metric.startswith("coverage") and row.lower > 0.95 for row in card.missed),
+        "wide": len(card.too_wide),
         "missed": len(card.missed),
     }  # fmt: skip
 

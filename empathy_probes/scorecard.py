@@ -277,6 +277,11 @@ class Scorecard:
         """Rows whose target was not met."""
         return tuple(row for row in self.rows if row.met is False)
 
+    @property
+    def too_wide(self) -> tuple[Row, ...]:
+        """The missed rows whose intervals hold the truth more often than promised."""
+        return tuple(row for row in self.missed if row.metric.startswith("coverage") and row.lower > 0.95)
+
     def to_frame(self) -> pd.DataFrame:
         """The rows of `scorecard.csv`."""
         return pd.DataFrame([asdict(row) for row in self.rows], columns=list(COLUMNS))
@@ -337,12 +342,18 @@ def load_scorecard(path: str | Path | None = None) -> Scorecard:
         ) from None
 
 
+def cell_family(family: str, keep: float | None) -> str:
+    """How a family is called in the rows: with what is kept, where that was planted."""
+    return family if keep is None else f"{family} {keep:g}"
+
+
 def score(cases: Sequence[Case]) -> tuple[Row, ...]:
     """Pool the cases of every cell and judge each metric against its target."""
     cells: dict[tuple[str, str, str, int], list[Case]] = {}
     for case in cases:
-        family = case.family if case.keep is None else f"{case.family} {case.keep:g}"
-        cells.setdefault((family, case.architecture, case.concept or "", case.outcomes.n), []).append(case)
+        cells.setdefault(
+            (cell_family(case.family, case.keep), case.architecture, case.concept or "", case.outcomes.n), []
+        ).append(case)
     rows = []
     for (family, architecture, concept, n), members in cells.items():
         for name, metric in METRICS.items():

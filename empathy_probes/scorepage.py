@@ -56,7 +56,7 @@ def render_scorecard(card: Scorecard) -> str:
                 ("seed", str(provenance["seed"])),
             ],
             missed=_cells(card.missed),
-            n_wide=sum(row.metric.startswith("coverage") and row.lower > 0.95 for row in card.missed),
+            n_wide=len(card.too_wide),
             attacks=_cells(special["attack"]),
             ablations=_cells(special["ablation"]),
             rows=_cells(card.rows),

@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float, Int
 from empathy_probes.activations import Activations
 from empathy_probes.alignment import fit_map
 from empathy_probes.concepts import Concept
-from empathy_probes.errors import InputError
 from empathy_probes.geometry import whitened_kernels
 from empathy_probes.kernels import cross_kernels, strength_kernels, u_statistic
-from empathy_probes.measurements import Measurement, measure_concept, scenario_differences
+from empathy_probes.measurements import Measurement, measure_concept, neutral_states, scenario_differences
+from empathy_probes.redraws import check_size, holds
 from empathy_probes.rows import auroc_rows, bits_rows, cosine_rows, separation_rows, transfer_rows
 from empathy_probes.stats import d_prime
 
@@ -66,14 +66,10 @@ class Readings:
     values: Float[np.ndarray, "redraw measure value_lower_upper=3"]
 
     def covers(self) -> Bool[np.ndarray, "redraw measure"]:
-        """Which intervals hold the truth, shortened as samples without replacement demand; open ends hold everything."""
-        value, lower, upper = np.moveaxis(self.values.astype(np.float64), -1, 0)
-        shorter = np.sqrt(1 - self.n / self.population)
-        centre = np.where(np.isnan(value), (lower + upper) / 2, value)
-        low = np.where(np.isnan(lower), -np.inf, centre - shorter * (centre - lower))
-        high = np.where(np.isnan(upper), np.inf, centre + shorter * (upper - centre))
-        slack = 1e-6
-        return (low - slack <= self.truth) & (self.truth <= high + slack)
+        """Which intervals hold the truth; an open end holds everything on its side."""
+        strength = np.array([m == "d_prime" and column != "attenuation" for m, column in MEASURES])
+        share = np.array([m.startswith("cosine") for m, _ in MEASURES])
+        return holds(self.truth, self.values, self.n / self.population, strength, share)
 
 
 def read_redraws(exhibit: Exhibit, n: int, redraws: int, seed: int = 0) -> Readings:
@@ -88,10 +84,7 @@ def read_redraws(exhibit: Exhibit, n: int, redraws: int, seed: int = 0) -> Readi
     Raises:
         InputError: there are fewer than 2 n scenarios.
     """
-    if exhibit.n < 2 * n:
-        raise InputError(
-            f"{exhibit.n} scenarios are too few to draw {n} from, expected at least {2 * n}; make a larger population"
-        )
+    check_size(exhibit.n, n)
     items: dict[str, list[int]] = {}
     for i, item in enumerate(exhibit.concept.stimuli.items):
         items.setdefault(item.scenario, []).append(i)
@@ -146,9 +139,7 @@ def _truth(
         means["auroc", "attenuation"] = float(1 - d_prime(np.array(areas[1])) / d_prime(np.array(areas[0])))
     stimuli = exhibit.concept.stimuli
     differences = [scenario_differences(a.normalised, stimuli) for a in exhibit.acts]
-    neutral = [
-        x.normalised * (x.rms / a.rms)[:, None] for x, a in zip(exhibit.neutral, exhibit.acts, strict=True)
-    ]
+    neutral = neutral_states(exhibit.neutral, exhibit.acts)
     whitened = [_mean(whitened_kernels(d, x)) for d, x in zip(differences, neutral, strict=True)]
     separation = np.sqrt(np.maximum(whitened, 0))
     means["d_prime", "base"], means["d_prime", "aligned"] = separation.tolist()
