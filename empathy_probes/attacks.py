@@ -46,7 +46,7 @@ def keyword_leak(n: int, draws: int, seed: int) -> Float[np.ndarray, " draw"]:
         rows = stimuli_rows("tense", n, seed + draw)
         texts = [f"We {row['text']}" if row["label"] else row["text"] for row in rows]
         labels, units = np.array([int(row["label"]) for row in rows]), [row["scenario"] for row in rows]
-        floor = auroc_interval(lexical_scores(texts, labels, units, draw)[None], labels, units)
+        floor = auroc_interval(lexical_scores(texts, labels[None], units, draw), labels, units)
         caught.append(float(floor.lower[0] > 0.9))
     return np.array(caught)
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from empathy_probes.activations import Activations
+from empathy_probes.coding import contrast_codes, label_numbers
 from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import did
 from empathy_probes.decisions import Judgement, judge, judge_controls
 from empathy_probes.design import Design, describe_design, design_study, neutral_name
 from empathy_probes.extraction import extract
-from empathy_probes.measurements import Measurement, Views, measure_concept, stimuli_labels
+from empathy_probes.measurements import Measurement, Views, measure_concept
 from empathy_probes.pairs import ModelPair
 from empathy_probes.probes import lexical_scores
 from empathy_probes.rows import COLUMNS, ONSET_COLUMNS, did_rows, lexical_row, measurement_rows
@@ -236,7 +237,8 @@ def measure(design: Design, settings: Settings, store: Store) -> Finding:
     """Run a design: extraction (from the store where possible), kernels, probes."""
     texts = {
         concept.name: lexical_scores(
-            [item.text for item in concept.stimuli.items], stimuli_labels(concept.stimuli),
+            [item.text for item in concept.stimuli.items],
+            contrast_codes(concept.stimuli.kind, label_numbers(concept.stimuli)),
             [item.unit for item in concept.stimuli.items], settings.seed,
         )
         for concept in design.concepts

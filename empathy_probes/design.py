@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from empathy_probes.coding import categories
 from empathy_probes.concepts import Concept, load_neutral
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import check_prompts
@@ -126,16 +127,27 @@ def _check_concept(concept: Concept, everything: Sequence[Concept]) -> None:
         raise InputError(
             f"concept '{concept.name}' is given twice, expected each once as target or as control; drop one of them"
         )
-    if concept.stimuli.kind != "binary":
-        raise InputError(
-            f"concept '{concept.name}' has {concept.stimuli.kind} labels, expected binary ones (0 and 1); "
-            "reduce its labels to two"
-        )
+    if concept.stimuli.kind == "categorical":
+        _check_categories(concept)
     if concept.stimuli.n_scenarios < MIN_SCENARIOS:
         raise InputError(
             f"concept '{concept.name}' has {concept.stimuli.n_scenarios} scenarios, expected at least {MIN_SCENARIOS}: "
             "below that no interval holds; add scenarios"
         )
+
+
+def _check_categories(concept: Concept) -> None:
+    known = categories(concept.stimuli)
+    found: dict[str, set[str]] = {}
+    for item in concept.stimuli.items:
+        found.setdefault(item.scenario, set()).add(str(item.label))
+    for scenario, here in found.items():
+        if len(here) < len(known):
+            raise InputError(
+                f"concept '{concept.name}', scenario '{scenario}': got no text of {', '.join(sorted(set(known) - here))}, "
+                f"expected one of every category ({', '.join(known)}); add it, or put single texts that belong together "
+                "into one scenario"
+            )
 
 
 def _templates(pair: ModelPair, template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

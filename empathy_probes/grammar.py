@@ -24,6 +24,8 @@ CONTROLS = (
 )  # fmt: skip
 CONCEPTS = TARGETS + CONTROLS
 EMOTIONS = (("sadness", "anger", "fear", "shame"), ("joy", "pride", "gratitude", "relief"))  # by valence
+# What the concepts with more than two labels are made of.
+FACTOR = {"emotion": ("valence", "emotion"), "degree": ("intensity",)}
 READ_SUFFIX = "Reply:"
 OPTIONAL = ("conflict", "place", "weather", "transport", "season", "daytime", "material", "drink", "animal")
 
@@ -200,10 +202,11 @@ def neutral_texts(n: int, seed: int = 0) -> list[str]:
 def stimuli_rows(
     concept: str, n_scenarios: int, seed: int = 0, nuisance: float = 0.0, doubt: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Return minimal pairs for a binary concept, or the eight texts per scenario of `emotion`.
+    """Return minimal pairs for a binary concept, the eight texts per scenario of `emotion`, or the four of `degree`.
 
     Args:
-        concept: one of `CONCEPTS`, or "emotion" (string labels).
+        concept: one of `CONCEPTS`, "emotion" (labels like "good/joy": the feeling within its valence), or "degree" (the
+            four levels of intensity).
         n_scenarios: how many independent scenes.
         seed: the same seed gives the same rows; different concepts and scenarios are independent draws.
         nuisance: probability with which anything else about a text is drawn anew, as in pairs that people write: with
@@ -216,8 +219,8 @@ def stimuli_rows(
     Raises:
         InputError: the grammar has no such concept.
     """
-    if concept not in (*CONCEPTS, "emotion"):
-        known = ", ".join((*CONCEPTS, "emotion"))
+    if concept not in (*CONCEPTS, *FACTOR):
+        known = ", ".join((*CONCEPTS, *FACTOR))
         raise InputError(f"the grammar has no concept {concept!r}; expected one of {known}")
     rows = []
     for i in range(n_scenarios):
@@ -263,8 +266,11 @@ def vocabulary() -> list[str]:
 
 def _variants(scene: Scene, concept: str) -> list[tuple[int | str, Scene]]:
     if concept == "emotion":
-        return [(name, scene.with_value("valence", v).with_value("emotion", e))
-                for v, names in enumerate(EMOTIONS) for e, name in enumerate(names)]  # fmt: skip
+        return [(f"{coarse}/{name}", scene.with_value("valence", v).with_value("emotion", e))
+                for v, (coarse, names) in enumerate(zip(("bad", "good"), EMOTIONS, strict=True))
+                for e, name in enumerate(names)]  # fmt: skip
+    if concept == "degree":
+        return [(level, scene.with_value("intensity", level)) for level in range(4)]
     return [
         (label, scene.with_value(concept, 3 * label if concept == "intensity" else label)) for label in (1, 0)
     ]
@@ -274,7 +280,7 @@ def _disturbed(scene: Scene, concept: str, nuisance: float, rng: np.random.Gener
     """Draw each factor but the concept, each choice of wording and what is told anew with probability `nuisance`."""
     fresh = draw_scene(rng, concept)
     # The emotion is one of four within a valence: whichever valence a text shows, any of them may stand there.
-    fixed = {concept, "valence"} if concept == "emotion" else {concept}
+    fixed = FACTOR.get(concept, (concept,))
     values = {name: fresh.values[name] if name not in fixed and rng.random() < nuisance else value
               for name, value in scene.values.items()}  # fmt: skip
     picks = {

@@ -1,7 +1,7 @@
 """One concept in both models, under one template at one site: everything its numbers are computed from.
 
-Per scenario the two labels' activations are subtracted; the Gram matrix of these differences, in units of each model's
-own rms, is all that strength needs (section 2 of the method). Beside it stand other views of the same activations:
+Per scenario the two labels' activations are subtracted (`coding` says what stands for that with grades and categories); the
+Gram matrix of these differences, in units of each model's own rms, is all that strength needs (section 2 of the method). Beside it stand other views of the same activations:
 crossnobis kernels, cross-model kernels, out-of-fold probe scores within and across models, nested log-losses, and what
 shuffled labels and random directions give.
 """
@@ -11,20 +11,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Num
 
 from empathy_probes.activations import Activations
 from empathy_probes.alignment import fit_map
+from empathy_probes.coding import (
+    categories,
+    coarse_numbers,
+    contrast_codes,
+    label_numbers,
+    scenario_contrasts,
+)
 from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.geometry import transfer, whitened_kernels, whitening_covariance
 from empathy_probes.kernels import cross_kernels, strength_kernels
-from empathy_probes.nulls import DRAWS, direction_gaps, largest_p, permutation_aurocs
-from empathy_probes.probes import N_FOLDS, cross_fitted_losses, cross_fitted_scores
-from empathy_probes.stats import auroc, auroc_difference, grouped_folds
-from empathy_probes.stimuli import StimulusSet
+from empathy_probes.nulls import DRAWS, direction_gaps, largest_p, permutation_null
+from empathy_probes.probes import (
+    N_FOLDS,
+    cross_fitted_grade_losses,
+    cross_fitted_losses,
+    cross_fitted_scores,
+    is_binary,
+)
+from empathy_probes.stats import (
+    Curve,
+    auroc,
+    auroc_difference,
+    auroc_interval,
+    correlation,
+    correlation_difference,
+    correlation_interval,
+    grouped_folds,
+)
+from empathy_probes.stimuli import LabelKind, StimulusSet
 
 
 @dataclass(frozen=True)
@@ -39,12 +62,14 @@ class Views:
     """<D_base,s, D_aligned,t>: as the states are, and with the base's carried over by the neutral-text map."""
     losses: Float[np.ndarray, "model=2 layer unit"]
     """Log-loss in bits of a nested probe, per scenario."""
-    transfer: Float[np.ndarray, "mapped=2 fitted=2 layer item"]
+    fine_losses: Float[np.ndarray, "model=2 layer fine_unit"]
+    """The same of the category, told the coarse one it lies in; no scenarios where no category lies in another."""
+    transfer: Float[np.ndarray, "mapped=2 fitted=2 layer contrast item"]
     """Out-of-fold scores of each model's probe on the other's states, plain and mapped."""
     map_error: Float[np.ndarray, " layer"]
     """Share of neutral variance that the map misses on texts it was not fitted on."""
     shuffled_p: Float[np.ndarray, "model=2 layer"]
-    """Of each model's AUROC among shuffled labels, the largest over layers of each shuffle."""
+    """Of each model's AUROC (grades: correlation) among shuffled labels, the largest over layers of each shuffle."""
     random_p: Float[np.ndarray, "model=2 layer"]
     """Of the labels' gap among random directions of the neutral texts' covariance."""
     map_underdetermined: bool
@@ -66,20 +91,52 @@ class Measurement:
     """D Dᵀ per model (base, aligned) and layer; float32, and every number is computed from these."""
     items: tuple[str, ...]
     item_units: tuple[str, ...]
-    labels: Int[np.ndarray, " item"]
-    scores: Float[np.ndarray, "model=2 layer item"]
+    labels: Float[np.ndarray, " item"]
+    """0 and 1, grades, or places in `categories`."""
+    scores: Float[np.ndarray, "model=2 layer contrast item"]
     """Out-of-fold probe scores of every text."""
-    text_scores: Float[np.ndarray, " item"]
+    text_scores: Float[np.ndarray, "contrast item"]
     """Out-of-fold scores of the bag of words."""
 
-    directions: Float[np.ndarray, "model=2 layer d_model"]
-    """Difference of means, label 1 minus label 0, in each model's raw activation units."""
+    directions: Float[np.ndarray, "model=2 contrast layer d_model"]
+    """Difference of means, label 1 minus label 0 (per grade; one category minus the others), in raw activation units."""
     rms: Float[np.ndarray, "model=2 layer"]
     """Root mean square norm of each model's pooled activations: the unit of strength."""
 
     views: Views
     same_model: bool = False
     """Both models have equal weights."""
+    kind: str = "binary"
+    """binary, graded or categorical."""
+    categories: tuple[str, ...] = ()
+
+    @cached_property
+    def codes(self) -> Num[np.ndarray, "contrast item"]:
+        """0 and 1 per contrast, or the grades."""
+        codes = contrast_codes(cast(LabelKind, self.kind), self.labels)
+        return codes if self.kind == "graded" else codes.astype(int)
+
+    @property
+    def measure(self) -> str:
+        """Name of how well probes read the concept: auroc (categories: its mean) or correlation."""
+        return "correlation" if self.kind == "graded" else "auroc"
+
+    def reading(self, scores: Float[np.ndarray, "*batch contrast item"]) -> Curve:
+        """How well these scores tell the labels, with a 95 % interval: AUROC, its mean over categories, or correlation."""
+        if self.kind == "graded":
+            return correlation_interval(scores[..., 0, :], self.labels, self.item_units)
+        return auroc_interval(scores, self.codes, self.item_units)
+
+    def reading_difference(
+        self,
+        base: Float[np.ndarray, "*batch contrast item"],
+        aligned: Float[np.ndarray, "*batch contrast item"],
+    ) -> Curve:
+        """Second reading minus the first, on the same texts."""
+        if self.kind == "graded":
+            scores = base[..., 0, :], aligned[..., 0, :]
+            return correlation_difference(*scores, self.labels, self.item_units)
+        return auroc_difference(base, aligned, self.codes, self.item_units)
 
     @property
     def key(self) -> str:
@@ -107,7 +164,7 @@ class Measurement:
     def beats_words(self) -> Bool[np.ndarray, " layer"]:
         """Layers at which the base's probe exceeds the bag of words beyond chance."""
         words = np.broadcast_to(self.text_scores, self.scores[0].shape)
-        return auroc_difference(words, self.scores[0], self.labels, self.item_units).lower > 0
+        return self.reading_difference(words, self.scores[0]).lower > 0
 
 
 def measure_concept(
@@ -115,7 +172,7 @@ def measure_concept(
     template: str,
     acts: Sequence[Activations],
     neutral: Sequence[Activations],
-    text_scores: Float[np.ndarray, " item"],
+    text_scores: Float[np.ndarray, "contrast item"],
     seed: int,
     same_model: bool,
     null_draws: int = DRAWS,
@@ -123,7 +180,7 @@ def measure_concept(
     """Reduce a concept's activations in both models, and those of the neutral texts, to a measurement.
 
     Args:
-        concept: binary.
+        concept: of any kind of label; every scenario shows every category.
         template: what the prompts were rendered with.
         acts: of the base and of the aligned model.
         neutral: the same of neutral texts.
@@ -133,10 +190,11 @@ def measure_concept(
         null_draws: shuffles and random directions.
     """
     stimuli = concept.stimuli
-    labels, units = stimuli_labels(stimuli), [item.unit for item in stimuli.items]
+    labels, units = label_numbers(stimuli), [item.unit for item in stimuli.items]
+    codes = contrast_codes(stimuli.kind, labels)
     folds = grouped_folds(units, N_FOLDS, seed)
     normalised = [a.normalised for a in acts]
-    differences = [scenario_differences(rows, stimuli) for rows in normalised]
+    differences = [scenario_contrasts(rows, stimuli) for rows in normalised]
     order = {unit: i for i, unit in enumerate(stimuli.units)}
     place = np.array([order[unit] for unit in units])
     shares = np.bincount(place) / len(place)
@@ -145,9 +203,13 @@ def measure_concept(
     ]
     # One memory order, so that sums over a saved and reloaded array round alike.
     kernels = np.ascontiguousarray(
-        [strength_kernels(d, q, shares) for d, q in zip(differences, norms, strict=True)], np.float32
+        [
+            np.mean([strength_kernels(contrast, q, shares) for contrast in d], axis=0)
+            for d, q in zip(differences, norms, strict=True)
+        ],
+        np.float32,
     )
-    scores = np.stack([cross_fitted_scores(rows, labels, folds) for rows in normalised])
+    scores = np.stack([cross_fitted_scores(rows, codes, folds) for rows in normalised])
     rms = np.stack([a.rms for a in acts])
     return Measurement(
         concept=concept.name,
@@ -162,7 +224,7 @@ def measure_concept(
         labels=labels,
         scores=scores,
         text_scores=text_scores,
-        directions=np.stack([d.mean(0) for d in differences]) * rms[..., None],
+        directions=np.stack([d.mean(1) for d in differences]) * rms[:, None, :, None],
         rms=rms,
         views=_views(
             normalised,
@@ -170,14 +232,15 @@ def measure_concept(
             norms,
             shares,
             neutral_states(neutral, acts),
-            labels,
-            units,
+            stimuli,
             scores,
             seed,
             same_model,
             null_draws,
         ),
         same_model=same_model,
+        kind=stimuli.kind,
+        categories=categories(stimuli),
     )
 
 
@@ -187,34 +250,50 @@ def _views(
     norms: Sequence[np.ndarray],
     shares: np.ndarray,
     neutral: Sequence[np.ndarray],
-    labels: np.ndarray,
-    units: Sequence[str],
+    stimuli: StimulusSet,
     scores: np.ndarray,
     seed: int,
     same_model: bool,
     null_draws: int,
 ) -> Views:
+    labels, units = label_numbers(stimuli), [item.unit for item in stimuli.items]
+    codes = contrast_codes(stimuli.kind, labels)
+    coarse = coarse_numbers(categories(stimuli), labels)
     folds = grouped_folds(units, N_FOLDS, seed)
     carried = fit_map(*neutral)
-    plain = transfer(normalised[0], normalised[1], labels, folds)
+    plain = transfer(normalised[0], normalised[1], codes, folds)
+    turned = [differences[0], np.stack([carried.turn(contrast) for contrast in differences[0]])]
     cross = [
-        cross_kernels(d, differences[1], norms[0], norms[1], shares)
-        for d in (differences[0], carried.turn(differences[0]))
+        np.mean(
+            [cross_kernels(b, a, norms[0], norms[1], shares) for b, a in zip(d, differences[1], strict=True)],
+            axis=0,
+        )
+        for d in turned
     ]
     mapped = plain
     if same_model:  # the map of a model to itself is the identity, but for rounding
         cross[1] = cross[0]
     else:
-        mapped = transfer(normalised[0], normalised[1], labels, folds, carried)
+        mapped = transfer(normalised[0], normalised[1], codes, folds, carried)
     sides = [0, 0] if same_model else [0, 1]
-    shuffled, random, whitened, losses = [], [], [], []
+    shuffled, random, whitened, losses, fine_losses = [], [], [], [], []
     for i in sorted(set(sides)):
-        null = permutation_aurocs(normalised[i], labels, units, folds, null_draws, seed)
-        shuffled.append(largest_p(auroc(scores[i], labels), null))
-        observed, gaps = direction_gaps(differences[i], neutral[i], null_draws, seed)
-        random.append((1 + (gaps >= observed).sum(0)) / (len(gaps) + 1))
-        whitened.append(whitened_kernels(differences[i], neutral[i]))
-        losses.append(cross_fitted_losses(normalised[i], labels, units, seed=seed))
+        null = permutation_null(normalised[i], codes, units, folds, null_draws, seed)
+        shuffled.append(largest_p(_reading(scores[i], codes), null))
+        gaps = [direction_gaps(d, neutral[i], null_draws, seed + c) for c, d in enumerate(differences[i])]
+        observed, drawn = (np.mean(values, axis=0) for values in zip(*gaps, strict=True))
+        random.append((1 + (drawn >= observed).sum(0)) / (len(drawn) + 1))
+        whitened.append(np.mean([whitened_kernels(d, neutral[i]) for d in differences[i]], axis=0))
+        states = normalised[i]
+        if stimuli.kind == "graded":
+            losses.append(cross_fitted_grade_losses(states, labels, units, seed=seed))
+        else:
+            losses.append(cross_fitted_losses(states, labels.astype(int), units, seed=seed))
+        fine_losses.append(
+            np.zeros((losses[-1].shape[0], 0))
+            if coarse is None
+            else cross_fitted_losses(states, labels.astype(int), units, given=coarse, seed=seed)
+        )
 
     def both(values: list[np.ndarray]) -> np.ndarray:
         return np.ascontiguousarray([values[i] for i in sides], np.float32)
@@ -225,12 +304,17 @@ def _views(
         whitening=whitening,
         cross=np.ascontiguousarray(cross, np.float32),
         losses=both(losses),
+        fine_losses=both(fine_losses),
         transfer=np.ascontiguousarray([plain, mapped]),
         map_error=np.zeros_like(carried.error) if same_model else carried.error,
         shuffled_p=both(shuffled),
         random_p=both(random),
         map_underdetermined=carried.underdetermined,
     )
+
+
+def _reading(scores: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    return auroc(scores, codes.astype(int)) if is_binary(codes) else correlation(scores[..., 0, :], codes[0])
 
 
 def neutral_states(
@@ -242,23 +326,3 @@ def neutral_states(
     between the models.
     """
     return [x.normalised * (x.rms / a.rms)[:, None] for x, a in zip(neutral, acts, strict=True)]
-
-
-def stimuli_labels(stimuli: StimulusSet) -> Int[np.ndarray, " item"]:
-    """Labels of the texts as integers."""
-    return np.array([int(item.label) for item in stimuli.items])
-
-
-def scenario_differences(
-    rows: Float[np.ndarray, "n layer d_model"], stimuli: StimulusSet
-) -> Float[np.ndarray, "unit layer d_model"]:
-    """D_s: mean over texts of label 1 minus mean over texts of label 0, averaged over a cluster's scenarios."""
-    scenarios: dict[str, dict[float, list[int]]] = {}
-    unit_of: dict[str, str] = {}
-    for i, item in enumerate(stimuli.items):
-        scenarios.setdefault(item.scenario, {0.0: [], 1.0: []})[float(item.label)].append(i)
-        unit_of[item.scenario] = item.unit
-    per_unit: dict[str, list[np.ndarray]] = {unit: [] for unit in stimuli.units}
-    for scenario, rows_of in scenarios.items():
-        per_unit[unit_of[scenario]].append(rows[rows_of[1.0]].mean(0) - rows[rows_of[0.0]].mean(0))
-    return np.stack([np.mean(differences, axis=0) for differences in per_unit.values()])

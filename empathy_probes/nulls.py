@@ -11,47 +11,53 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from scipy.stats import rankdata
 
-from empathy_probes.probes import shuffled_scores
-from empathy_probes.stats import grouped_folds
+from empathy_probes.probes import cross_fitted_scores, is_binary
+from empathy_probes.stats import correlation, grouped_folds
 
 DRAWS = 999
 N_FOLDS = 5
 
 
-def shuffle_labels(
-    labels: Int[np.ndarray, " n"], units: Sequence[str], draws: int, seed: int
-) -> Int[np.ndarray, "draws n"]:
-    """Labels permuted within each scenario."""
+def shuffle_within(units: Sequence[str], draws: int, seed: int) -> Int[np.ndarray, "draws n"]:
+    """For every draw the text whose label each text gets: one of its own scenario's."""
     rng = np.random.default_rng([seed, 7])
-    shuffled = np.tile(labels, (draws, 1))
+    shuffled = np.tile(np.arange(len(units)), (draws, 1))
     place: dict[str, list[int]] = {}
     for i, unit in enumerate(units):
         place.setdefault(unit, []).append(i)
     for rows in place.values():
         order = rng.random((draws, len(rows))).argsort(1)
-        shuffled[:, rows] = labels[rows][order]
+        shuffled[:, rows] = np.array(rows)[order]
     return shuffled
 
 
-def permutation_aurocs(
+def permutation_null(
     features: Float[np.ndarray, "n layer d"],
-    labels: Int[np.ndarray, " n"],
+    labels: Num[np.ndarray, "contrast n"],
     units: Sequence[str],
     folds: Int[np.ndarray, " n"],
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Float[np.ndarray, "draws layer"]:
-    """AUROC of the cross-fitted probe under shuffled labels."""
-    shuffled = shuffle_labels(labels, units, draws, seed)
-    scores = shuffled_scores(features, shuffled, folds)
-    ranks = rankdata(scores, axis=1)
-    positive = shuffled.T[None] == 1
-    p = positive.sum(1)
-    wins = (ranks * positive).sum(1) - p * (p + 1) / 2
-    return (wins / (p * (len(labels) - p))).T
+    """AUROC (grades: correlation) of the cross-fitted probe under shuffled labels; the mean over contrasts."""
+    order = shuffle_within(units, draws, seed)
+    read = _aurocs if is_binary(labels) else correlation
+    each = [
+        read(cross_fitted_scores(features, row[order], folds), row[order].astype(np.float64))
+        for row in labels
+    ]
+    return np.ascontiguousarray(np.mean(each, axis=0).T)
+
+
+def _aurocs(
+    scores: Float[np.ndarray, "layer draws n"], labels: Float[np.ndarray, "draws n"]
+) -> Float[np.ndarray, "layer draws"]:
+    p = labels.sum(-1)
+    wins = (rankdata(scores, axis=-1) * labels).sum(-1) - p * (p + 1) / 2
+    return np.asarray(wins / (p * (labels.shape[-1] - p)))
 
 
 def largest_p(

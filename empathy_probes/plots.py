@@ -179,17 +179,21 @@ def _quantity(rows: pd.DataFrame, column: str, headline: Bool[np.ndarray, " row"
     return Line(f"{column} ({kind}{mixed if column == 'specific' else ''})", line.y, lower, upper, colour)
 
 
+# How well probes read a concept: axis title, chance, range shown.
+READINGS = {
+    "auroc": ("AUROC", 0.5, (0.35, 1.03)),
+    "correlation": ("correlation\nwith the grade", 0.0, (-0.35, 1.05)),
+}
+
+
 def _sheet(
     frame: pd.DataFrame, onset: pd.DataFrame | None, concept: str, template: str, site: str,
     planted: dict[str, Any] | None, margin: float, margin_specific: float | None,
 ) -> Sheet:  # fmt: skip
     here = frame[(frame["concept"] == concept) & (frame["template"] == template)]
     strength = here[(here["site"] == site) & (here["measure"] == "strength")].sort_values("layer")
-    auroc = (
-        here[(here["site"] == site) & (here["measure"] == "auroc")]
-        .set_index("layer")
-        .reindex(strength["layer"])
-    )
+    readings = here[here["measure"].isin(READINGS)]
+    reading = readings[readings["site"] == site].set_index("layer").reindex(strength["layer"])
     if strength.empty:
         known = [str(c) for c in frame["concept"].unique()]
         measured = frame.loc[
@@ -206,15 +210,14 @@ def _sheet(
         panels.append(Panel("How loud (pointwise 95 %)", "strength\n(rms of stream)", pair))
     span = _onset_span(onset, concept, template, site)
     panels.append(_attenuation_panel(strength, concept, planted, margin, margin_specific, span))
-    if len(auroc) and np.isfinite(_column(auroc, "base")).any():
-        pair = (_line(auroc, "base", "base", BLUE), _line(auroc, "aligned", "aligned", VERMILLION))
-        floor = here[(here["site"] == "text") & (here["measure"] == "auroc")]
-        marks = [(0.5, "chance", GREY, "dot")]
+    if len(reading) and np.isfinite(_column(reading, "base")).any():
+        pair = (_line(reading, "base", "base", BLUE), _line(reading, "aligned", "aligned", VERMILLION))
+        axis, chance, ends = READINGS[str(reading["measure"].iloc[0])]
+        floor = readings[readings["site"] == "text"]
+        marks = [(chance, "chance", GREY, "dot")]
         if len(floor) and np.isfinite(_column(floor, "base")[0]):
             marks.append((float(_column(floor, "base")[0]), "lexical floor", ORANGE, "dash"))
-        panels.append(
-            Panel("Is it there at all (pointwise 95 %)", "AUROC", pair, tuple(marks), None, (0.35, 1.03))
-        )
+        panels.append(Panel("Is it there at all (pointwise 95 %)", axis, pair, tuple(marks), None, ends))
     n = _column(strength, "n_scenarios")
     counted = f"n = {np.nanmax(n):.0f} scenarios" if np.isfinite(n).any() else "n not recorded"
     layers = _column(strength, "layer")

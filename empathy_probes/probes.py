@@ -8,10 +8,10 @@ score comes from a probe that saw no text of its scenario.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from scipy.special import logsumexp
 
 from empathy_probes.stats import Curve, critical_t, grouped_folds
@@ -21,60 +21,54 @@ N_FOLDS = 5
 
 def cross_fitted_scores(
     features: Float[np.ndarray, "n layer d"],
-    labels: Int[np.ndarray, " n"],
+    labels: Num[np.ndarray, "contrast n"],
     folds: Int[np.ndarray, " n"],
-) -> Float[np.ndarray, "layer n"]:
-    """Out-of-fold ridge scores of every text at every layer.
+) -> Float[np.ndarray, "layer contrast n"]:
+    """Out-of-fold ridge scores of every text at every layer, all labellings from one factorisation per fold and layer.
 
     Args:
         features: one row per text.
-        labels: 0 or 1.
+        labels: one row per contrast: 0 and 1, or grades (then scores are grades less the training mean).
         folds: fold of each text; texts of a scenario share one.
     """
     rows = np.swapaxes(features.astype(np.float64), 0, 1)
-    return _scores(rows @ np.swapaxes(rows, 1, 2), None, 2.0 * labels[:, None] - 1, folds)[..., 0]
+    return _scores(rows @ np.swapaxes(rows, 1, 2), None, labels, folds)
 
 
 def paired_scores(
     fitted: Float[np.ndarray, "n layer d"],
     read: Float[np.ndarray, "n layer d"],
-    labels: Int[np.ndarray, " n"],
+    labels: Num[np.ndarray, "contrast n"],
     folds: Int[np.ndarray, " n"],
-) -> Float[np.ndarray, "layer n"]:
-    """Out-of-fold scores of one model's probe on another model's states of the same texts."""
+) -> Float[np.ndarray, "layer contrast n"]:
+    """Out-of-fold scores of one model's probes on another model's states of the same texts."""
     a, b = (np.swapaxes(x.astype(np.float64), 0, 1) for x in (fitted, read))
-    return _scores(a @ np.swapaxes(a, 1, 2), b @ np.swapaxes(a, 1, 2), 2.0 * labels[:, None] - 1, folds)[
-        ..., 0
-    ]
-
-
-def shuffled_scores(
-    features: Float[np.ndarray, "n layer d"],
-    labels: Int[np.ndarray, "draws n"],
-    folds: Int[np.ndarray, " n"],
-) -> Float[np.ndarray, "layer n draws"]:
-    """Out-of-fold scores under many labellings, all from one factorisation per fold and layer."""
-    rows = np.swapaxes(features.astype(np.float64), 0, 1)
-    return _scores(rows @ np.swapaxes(rows, 1, 2), None, 2.0 * labels.T - 1, folds)
+    return _scores(a @ np.swapaxes(a, 1, 2), b @ np.swapaxes(a, 1, 2), labels, folds)
 
 
 def _scores(
     gram: Float[np.ndarray, "layer n n"],
     cross: Float[np.ndarray, "layer n n"] | None,
-    targets: Float[np.ndarray, "n m"],
+    labels: Num[np.ndarray, "contrast n"],
     folds: Int[np.ndarray, " n"],
-) -> Float[np.ndarray, "layer n m"]:
+) -> Float[np.ndarray, "layer contrast n"]:
+    targets = (2.0 * labels - 1 if is_binary(labels) else labels.astype(float)).T
     scores = np.empty((*gram.shape[:2], targets.shape[1]))
     for fold in np.unique(folds):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         # Without the training mean: folds of unequal balance would shift all their scores by it.
         scores[:, test] = _ridge_scores(gram, targets, train, test, (1.0,), cross)[0] - targets[train].mean(0)
-    return scores
+    return np.ascontiguousarray(np.swapaxes(scores, 1, 2))
+
+
+def is_binary(labels: Num[np.ndarray, "..."]) -> bool:
+    """Whether there are only the labels 0 and 1."""
+    return bool(((labels == 0) | (labels == 1)).all())
 
 
 def lexical_scores(
-    texts: Sequence[str], labels: Int[np.ndarray, " n"], units: Sequence[str], seed: int
-) -> Float[np.ndarray, " n"]:
+    texts: Sequence[str], labels: Num[np.ndarray, "contrast n"], units: Sequence[str], seed: int
+) -> Float[np.ndarray, "contrast n"]:
     """Out-of-fold scores of a bag of words (TF-IDF and the same ridge): the lexical floor.
 
     Vocabulary and weights are fitted on the training folds only.
@@ -82,14 +76,14 @@ def lexical_scores(
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     folds = grouped_folds(units, N_FOLDS, seed)
-    scores = np.empty(len(texts))
+    scores = np.empty(labels.shape)
     for fold in np.unique(folds):
         train = [text for text, f in zip(texts, folds, strict=True) if f != fold]
         # Single letters and punctuation are words too: "I" against "one" is a lexical cue.
         vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b|[^\w\s]", sublinear_tf=True).fit(train)
         features = vectorizer.transform(texts).toarray()[:, None, :]
         held_out = (folds == fold).astype(int)
-        scores[folds == fold] = cross_fitted_scores(features, labels, held_out)[0, folds == fold]
+        scores[:, folds == fold] = cross_fitted_scores(features, labels, held_out)[0][:, folds == fold]
     return scores
 
 
@@ -107,6 +101,7 @@ def cross_fitted_losses(
     labels: Int[np.ndarray, " n"],
     units: Sequence[str],
     *,
+    given: Int[np.ndarray, " n"] | None = None,
     seed: int = 0,
     repeats: int = 2,
 ) -> Float[np.ndarray, "layer unit"]:
@@ -119,34 +114,86 @@ def cross_fitted_losses(
         features: one row per text.
         labels: 0 to C - 1; two classes or more.
         units: scenario of each text; all folds keep it together.
+        given: coarse class of each text, told to the probe: it chooses among the classes that occur in it.
         seed: of the folds.
         repeats: how many times folds are drawn.
 
     Returns:
         Per layer and unit, units in the order of their first text.
     """
+    classes = np.eye(int(labels.max()) + 1)[labels]
+    groups = np.zeros(len(labels), int) if given is None else given
+    allowed = (np.eye(int(groups.max()) + 1)[groups].T @ classes > 0)[groups]
+
+    def judge(inner: np.ndarray, outer: np.ndarray, train: np.ndarray, test: np.ndarray) -> _Judged:
+        centre = inner.mean((2, 3), keepdims=True)
+        spread = np.maximum(inner.std((2, 3), keepdims=True), 1e-12)
+        known = (inner - centre) / spread
+        fitted = _fit_platt(known, classes[train], allowed[train])
+        losses = [
+            _cross_entropy(_logits(scores, *fitted, allowed[rows]), classes[rows])
+            for scores, rows in ((known, train), ((outer - centre) / spread, test))
+        ]
+        return losses[0].mean(-1), losses[1]
+
+    return _nested_losses(features, classes, units, judge, seed, repeats)
+
+
+def cross_fitted_grade_losses(
+    features: Float[np.ndarray, "n layer d"],
+    grades: Float[np.ndarray, " n"],
+    units: Sequence[str],
+    *,
+    seed: int = 0,
+    repeats: int = 2,
+) -> Float[np.ndarray, "layer unit"]:
+    """The same for graded labels: log-loss in bits of a normal distribution around a line in the nested probe's score.
+
+    Line and spread come from inner out-of-fold scores. Losses are differential: only their difference from
+    `grade_entropy` (or from another model's) means anything. Arguments as in `cross_fitted_losses`.
+    """
+
+    def judge(inner: np.ndarray, outer: np.ndarray, train: np.ndarray, test: np.ndarray) -> _Judged:
+        y = grades[train]
+        x, new = inner[..., 0], outer[..., 0]
+        centre = x.mean(-1, keepdims=True)
+        size = ((x - centre) ** 2).sum(-1, keepdims=True)
+        slope = ((x - centre) * (y - y.mean())).sum(-1, keepdims=True) / np.where(size > 0, size, 1.0)
+        left = ((y - y.mean() - slope * (x - centre)) ** 2).sum(-1, keepdims=True)
+        variance = np.maximum(left / (len(y) - 2), 1e-12 * y.var())
+        missed = grades[test] - y.mean() - slope * (new - centre)
+        return np.log(variance[..., 0]), np.log(2 * np.pi * variance) / 2 + missed**2 / (2 * variance)
+
+    return _nested_losses(features, grades[:, None], units, judge, seed, repeats)
+
+
+# Loss per penalty and layer on inner folds, and per penalty, layer and held-out text.
+_Judged = tuple[Float[np.ndarray, "penalty layer"], Float[np.ndarray, "penalty layer test"]]
+
+
+def _nested_losses(
+    features: Float[np.ndarray, "n layer d"],
+    targets: Float[np.ndarray, "n m"],
+    units: Sequence[str],
+    judge: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], _Judged],
+    seed: int,
+    repeats: int,
+) -> Float[np.ndarray, "layer unit"]:
+    """Held-out losses of the penalty that does best on inner out-of-fold scores, in bits per unit."""
     rows = np.swapaxes(features.astype(np.float64), 0, 1)
     gram = rows @ np.swapaxes(rows, 1, 2)
-    classes = np.eye(int(labels.max()) + 1)[labels]
     total = np.zeros(gram.shape[:2])
     for repeat in range(repeats):
         outer = grouped_folds(units, N_FOLDS, seed * 1000 + 2 * repeat)
         for fold in range(N_FOLDS):
             train, test = np.flatnonzero(outer != fold), np.flatnonzero(outer == fold)
             inner = grouped_folds([units[int(i)] for i in train], N_FOLDS, seed * 1000 + 2 * repeat + 1)
-            scores = np.empty((len(PENALTIES), len(gram), len(train), classes.shape[1]))
+            scores = np.empty((len(PENALTIES), len(gram), len(train), targets.shape[1]))
             for held_out in range(N_FOLDS):
                 a, b = train[inner != held_out], train[inner == held_out]
-                scores[:, :, inner == held_out] = _ridge_scores(gram, classes, a, b, PENALTIES)
-            centre = scores.mean((2, 3), keepdims=True)
-            spread = np.maximum(scores.std((2, 3), keepdims=True), 1e-12)
-            fitted = _fit_platt((scores - centre) / spread, classes[train])
-            losses = _cross_entropy(_logits((scores - centre) / spread, *fitted), classes[train]).mean(-1)
-            best, layer = losses.argmin(0), np.arange(len(gram))
-            new = _ridge_scores(gram, classes, train, test, PENALTIES)[best, layer]
-            new = (new - centre[best, layer]) / spread[best, layer]
-            slope, intercept = (x[best, layer] for x in fitted)
-            total[:, test] += _cross_entropy(_logits(new, slope, intercept), classes[test]) / repeats
+                scores[:, :, inner == held_out] = _ridge_scores(gram, targets, a, b, PENALTIES)
+            known, losses = judge(scores, _ridge_scores(gram, targets, train, test, PENALTIES), train, test)
+            total[:, test] += losses[known.argmin(0), np.arange(len(gram))] / repeats
     order = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
     place = np.array([order[unit] for unit in units])
     share = np.eye(len(order))[place] / np.bincount(place)
@@ -178,14 +225,20 @@ def _ridge_scores(
     return np.stack([read @ np.linalg.solve(centred + p * scale, aim) for p in penalties]) + mean
 
 
+# Logit of a class that cannot be: finite, so that 0 times it is 0.
+IMPOSSIBLE = -1e9
+
+
 def _logits(
     scores: Float[np.ndarray, "*batch n m"],
     slope: Float[np.ndarray, "*batch"],
     intercept: Float[np.ndarray, "*batch m"],
+    allowed: Bool[np.ndarray, "n m"],
 ) -> Float[np.ndarray, "*batch n m"]:
     # (C - 1)/C makes two classes the usual logistic of one standardised score.
     factor = (scores.shape[-1] - 1) / scores.shape[-1]
-    return factor * slope[..., None, None] * scores + intercept[..., None, :]
+    logits = factor * slope[..., None, None] * scores + intercept[..., None, :]
+    return np.where(allowed, logits, IMPOSSIBLE)
 
 
 def _cross_entropy(
@@ -195,7 +248,9 @@ def _cross_entropy(
 
 
 def _fit_platt(
-    scores: Float[np.ndarray, "*batch n m"], classes: Float[np.ndarray, "n m"]
+    scores: Float[np.ndarray, "*batch n m"],
+    classes: Float[np.ndarray, "n m"],
+    allowed: Bool[np.ndarray, "n m"],
 ) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch m"]]:
     """Slope and intercepts by Newton's method on the penalised log-likelihood (convex)."""
     m = scores.shape[-1]
@@ -204,7 +259,7 @@ def _fit_platt(
     # The slope's prior; the intercepts' is next to none and only fixes their common shift.
     prior = np.diag([1.0, *[1e-6] * m])
     for _ in range(20):
-        logits = _logits(scores, theta[..., 0], theta[..., 1:])
+        logits = _logits(scores, theta[..., 0], theta[..., 1:], allowed)
         p = np.exp(logits - logsumexp(logits, -1, keepdims=True))
         slack = p - classes
         gradient = np.concatenate([factor * (slack * scores).sum((-2, -1))[..., None], slack.sum(-2)], -1)
@@ -221,24 +276,32 @@ def _fit_platt(
     return theta[..., 0], theta[..., 1:]
 
 
-def entropy(labels: Int[np.ndarray, " n"]) -> float:
-    """Bits that knowing the label is worth."""
+def entropy(labels: Int[np.ndarray, " n"], given: Int[np.ndarray, " n"] | None = None) -> float:
+    """Bits that knowing the label is worth, to one who knows the coarse class where one is `given`."""
+    if given is not None:
+        return entropy(np.unique(np.stack([given, labels]), axis=1, return_inverse=True)[1]) - entropy(given)
     share = np.bincount(labels) / len(labels)
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 
 
+def grade_entropy(grades: Float[np.ndarray, " n"]) -> float:
+    """Differential entropy in bits of a normal distribution with the grades' variance."""
+    return float(np.log2(2 * np.pi * np.e * grades.var()) / 2)
+
+
 def bits(losses: Float[np.ndarray, "layer unit"], label_entropy: float) -> Curve:
     """What a probe trained on this many scenarios extracts: label entropy minus log-loss, 95 % interval."""
-    return _paired(label_entropy - losses)
+    return paired_t(label_entropy - losses)
 
 
 def bits_difference(base: Float[np.ndarray, "layer unit"], aligned: Float[np.ndarray, "layer unit"]) -> Curve:
     """bits(aligned) - bits(base) from two models' losses on the same units, paired t over units."""
-    return _paired(base - aligned)
+    return paired_t(base - aligned)
 
 
-def _paired(values: Float[np.ndarray, "layer unit"]) -> Curve:
+def paired_t(values: Float[np.ndarray, "layer unit"]) -> Curve:
+    """Mean over units whose probes share scenarios, 95 % t interval widened for that."""
     n = values.shape[-1]
     reach = BITS_FACTOR * critical_t(n - 1) * values.std(-1, ddof=1) / np.sqrt(n)
     centre = values.mean(-1)

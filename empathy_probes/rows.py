@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from empathy_probes.coding import coarse_numbers
 from empathy_probes.contrasts import Contrast, TemplateShift
 from empathy_probes.decisions import Judgement
 from empathy_probes.geometry import cosine_from_kernels
 from empathy_probes.measurements import Measurement
-from empathy_probes.probes import BITS_FACTOR, bits, bits_difference, entropy
+from empathy_probes.probes import BITS_FACTOR, bits, bits_difference, entropy, grade_entropy, paired_t
 from empathy_probes.stats import (
     Curve,
     auroc_attenuation,
-    auroc_difference,
-    auroc_interval,
     critical_t,
     fieller_ratio,
 )
@@ -84,9 +83,11 @@ def measurement_rows(
     """
     return [
         *strength_rows(m, judgement, n_layers, flags),
-        *auroc_rows(m, n_layers, flags),
+        *reading_rows(m, n_layers, flags),
+        *slope_rows(m, n_layers, flags),
         *separation_rows(m, n_layers, flags),
         *bits_rows(m, n_layers, flags),
+        *granularity_rows(m, n_layers, flags),
         *cosine_rows(m, n_layers, flags),
         *transfer_rows(m, n_layers, flags),
     ]
@@ -126,22 +127,20 @@ def strength_rows(m: Measurement, j: Judgement, n_layers: int, flags: Sequence[s
     return rows
 
 
-def auroc_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
-    base, aligned = (auroc_interval(scores, m.labels, m.item_units) for scores in m.scores)
-    difference = auroc_difference(m.scores[0], m.scores[1], m.labels, m.item_units)
-    attenuation, ceiling = auroc_attenuation(m.scores[0], m.scores[1], m.labels, m.item_units)
+def reading_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
+    """How well the probe reads held-out texts: AUROC (categories: its mean), or correlation with the grades."""
+    base, aligned = (m.reading(scores) for scores in m.scores)
+    curves = {"base": base, "aligned": aligned, "difference": m.reading_difference(*m.scores)}
+    ceiling = np.zeros(len(m.layers), bool)
+    if m.kind != "graded":
+        curves["attenuation"], ceiling = auroc_attenuation(m.scores[0], m.scores[1], m.codes, m.item_units)
     rows = []
     for i, layer in enumerate(m.layers):
-        row = _place(m, layer, n_layers, "auroc")
-        for name, curve in (
-            ("base", base),
-            ("aligned", aligned),
-            ("difference", difference),
-            ("attenuation", attenuation),
-        ):
+        row = _place(m, layer, n_layers, m.measure)
+        for name, curve in curves.items():
             row |= _cells(name, curve, i)
         own = ["ceiling"] if ceiling[i] else []
-        if np.isnan(attenuation.value[i]) and not ceiling[i]:
+        if "attenuation" in curves and np.isnan(curves["attenuation"].value[i]) and not ceiling[i]:
             own.append("base_not_detected" if base.lower[i] <= 0.5 else "ceiling")
         own += [] if m.beats_words[i] else ["below_lexical_floor"]
         own += ["not_above_shuffled"] if m.views.shuffled_p[0, i] > ALPHA else []
@@ -150,9 +149,27 @@ def auroc_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict
     return rows
 
 
+def slope_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Graded labels: grades that the probe's reading of held-out texts moves per grade within a scenario; 1 is all."""
+    if m.kind != "graded":
+        return iter(())
+    base, aligned = (_reading_slopes(m, scores[:, 0]) for scores in m.scores)
+    curves = {"base": paired_t(base), "aligned": paired_t(aligned), "difference": paired_t(aligned - base)}
+    return _curve_rows(m, n_layers, "slope", curves, [flags] * len(m.layers))
+
+
+def _reading_slopes(
+    m: Measurement, scores: Float[np.ndarray, "layer item"]
+) -> Float[np.ndarray, "layer unit"]:
+    place = np.unique(m.item_units, return_inverse=True)[1]
+    member = np.eye(place.max() + 1)[place]
+    grade = m.labels - (m.labels @ member / member.sum(0))[place]
+    return np.asarray((scores * grade) @ member / (grade**2 @ member))
+
+
 def lexical_row(m: Measurement, n_layers: int) -> dict[str, Any]:
-    floor = auroc_interval(m.text_scores[None], m.labels, m.item_units)
-    row = _place(m, None, n_layers, "auroc") | _cells("base", floor, 0) | _cells("aligned", floor, 0)
+    floor = m.reading(m.text_scores[None])
+    row = _place(m, None, n_layers, m.measure) | _cells("base", floor, 0) | _cells("aligned", floor, 0)
     return row | {"decision": "", "flags": "lexical_floor"}
 
 
@@ -188,9 +205,30 @@ def separation_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iter
 
 
 def bits_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What a probe extracts; compared as a difference, and relative to the base where that is detected."""
-    losses = m.views.losses.astype(float)
-    whole = entropy(m.labels)
+    """What a probe extracts about the label."""
+    whole = grade_entropy(m.labels) if m.kind == "graded" else entropy(m.labels.astype(int))
+    return _bits_rows(m, n_layers, flags, "bits", m.views.losses, whole)
+
+
+def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What a probe extracts about the fine category when the coarse one is known."""
+    coarse = coarse_numbers(m.categories, m.labels)
+    if coarse is None:
+        return iter(())
+    whole = entropy(m.labels.astype(int), coarse)
+    return _bits_rows(m, n_layers, flags, "granularity", m.views.fine_losses, whole)
+
+
+def _bits_rows(
+    m: Measurement,
+    n_layers: int,
+    flags: Sequence[str],
+    measure: str,
+    both: Float[np.ndarray, "model=2 layer unit"],
+    whole: float,
+) -> Iterator[dict[str, Any]]:
+    """Compared as a difference, and relative to the base where that is detected."""
+    losses = both.astype(float)
     base, aligned = (bits(side, whole) for side in losses)
     n = losses.shape[-1]
     covariance = np.stack([np.cov(losses[:, i]) for i in range(losses.shape[1])], -1) * BITS_FACTOR**2 / n
@@ -203,7 +241,7 @@ def bits_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[d
     curves = {"base": base, "aligned": aligned, "difference": bits_difference(losses[0], losses[1]),
               "attenuation": attenuation}  # fmt: skip
     own = [[*([] if known else ["base_not_detected"]), *flags] for known in positive]
-    return _curve_rows(m, n_layers, "bits", curves, own)
+    return _curve_rows(m, n_layers, measure, curves, own)
 
 
 def cosine_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
@@ -227,14 +265,14 @@ def _map_flags(m: Measurement, mapped: int) -> list[str]:
 
 
 def transfer_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
-    """AUROC of one model's probe, read in the base (column base) and in the aligned model (column aligned)."""
+    """How well one model's probe reads the base (column base) and the aligned model (column aligned)."""
     rows: list[dict[str, Any]] = []
     for mapped, suffix in enumerate(("", "_mapped")):
         for fitted, name in enumerate(("transfer_base_to_aligned", "transfer_aligned_to_base")):
-            other: Float[np.ndarray, "layer item"] = m.views.transfer[mapped, fitted]
+            other: Float[np.ndarray, "layer contrast item"] = m.views.transfer[mapped, fitted]
             read = (m.scores[0], other) if fitted == 0 else (other, m.scores[1])
-            base, aligned = (auroc_interval(scores, m.labels, m.item_units) for scores in read)
-            difference = auroc_difference(read[0], read[1], m.labels, m.item_units)
+            base, aligned = (m.reading(scores) for scores in read)
+            difference = m.reading_difference(*read)
             curves = {"base": base, "aligned": aligned, "difference": difference}
             own = [[*_map_flags(m, mapped), *flags]] * len(m.layers)
             rows += _curve_rows(m, n_layers, name + suffix, curves, own)

@@ -17,12 +17,13 @@ from jaxtyping import Bool, Float, Int
 
 from empathy_probes.activations import Activations
 from empathy_probes.alignment import fit_map
+from empathy_probes.coding import scenario_contrasts
 from empathy_probes.concepts import Concept
 from empathy_probes.geometry import whitened_kernels
 from empathy_probes.kernels import cross_kernels, strength_kernels, u_statistic
-from empathy_probes.measurements import Measurement, measure_concept, neutral_states, scenario_differences
+from empathy_probes.measurements import Measurement, measure_concept, neutral_states
 from empathy_probes.redraws import check_size, holds
-from empathy_probes.rows import auroc_rows, bits_rows, cosine_rows, separation_rows, transfer_rows
+from empathy_probes.rows import bits_rows, cosine_rows, reading_rows, separation_rows, transfer_rows
 from empathy_probes.stats import d_prime
 
 # (measure, column) of attenuation.csv.
@@ -108,7 +109,7 @@ def _measured(
         "raw",
         [replace(a, acts=a.acts[rows]) for a in exhibit.acts],
         [replace(a, acts=a.acts[neutral]) for a in exhibit.neutral],
-        np.zeros(len(rows)),
+        np.zeros((1, len(rows))),
         seed,
         exhibit.same_model,
         null_draws=NULL_DRAWS,
@@ -118,7 +119,7 @@ def _measured(
 def _printed(m: Measurement) -> Float[np.ndarray, "measure value_lower_upper=3"]:
     """What a study prints, at the only layer there is."""
     rows: list[dict[str, Any]] = []
-    for make in (auroc_rows, bits_rows, separation_rows, cosine_rows, transfer_rows):
+    for make in (reading_rows, bits_rows, separation_rows, cosine_rows, transfer_rows):
         rows += make(m, 1, ())
     found = {row["measure"]: row for row in rows}
     ends = ("", "_lower", "_upper")
@@ -138,7 +139,7 @@ def _truth(
     if 0.5 < areas[0] < 1 and areas[1] < 1:
         means["auroc", "attenuation"] = float(1 - d_prime(np.array(areas[1])) / d_prime(np.array(areas[0])))
     stimuli = exhibit.concept.stimuli
-    differences = [scenario_differences(a.normalised, stimuli) for a in exhibit.acts]
+    differences = [scenario_contrasts(a.normalised, stimuli)[0] for a in exhibit.acts]
     neutral = neutral_states(exhibit.neutral, exhibit.acts)
     whitened = [_mean(whitened_kernels(d, x)) for d, x in zip(differences, neutral, strict=True)]
     separation = np.sqrt(np.maximum(whitened, 0))

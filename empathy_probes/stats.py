@@ -193,9 +193,26 @@ def binomial_interval(successes: int, trials: int) -> Estimate:
 # ---------------------------------------------------------------- AUROC
 
 
-def auroc(scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, "..."]:
-    """Probability that a label-1 item scores above a label-0 item, ties counting one half."""
-    return _placements(scores, np.asarray(labels))[0].mean(axis=-1)
+def auroc(
+    scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, "*category n"]
+) -> Float[np.ndarray, "..."]:
+    """Probability that a label-1 item scores above a label-0 item, ties counting one half.
+
+    Labels with a row per category (1 in it, 0 in another) go with scores `[... category n]`: the mean over categories.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim == 2:
+        return np.mean([auroc(scores[..., c, :], row) for c, row in enumerate(labels)], axis=0)
+    return _placements(scores, labels)[0].mean(axis=-1)
+
+
+def correlation(
+    scores: Float[np.ndarray, "... n"], values: Float[np.ndarray, "*draws n"]
+) -> Float[np.ndarray, "..."]:
+    """Pearson's correlation of scores with graded labels; 0 where either does not vary."""
+    x, y = (a - a.mean(-1, keepdims=True) for a in (scores, values))
+    size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.divide((x * y).sum(-1), size, out=np.zeros_like(size), where=size > 0)
 
 
 def d_prime(area: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -224,10 +241,15 @@ class _Jackknife:
 
 
 def _leave_one_out(
-    scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, " n"], groups: Sequence[str]
+    scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, "*category n"], groups: Sequence[str]
 ) -> _Jackknife:
-    """AUROC with each scenario left out in turn."""
+    """AUROC, or its mean over categories, with each scenario left out in turn."""
     labels = np.asarray(labels)
+    if labels.ndim == 2:
+        each = [_leave_one_out(scores[..., c, :], row, groups) for c, row in enumerate(labels)]
+        return _Jackknife(
+            np.mean([x.value for x in each], axis=0), np.mean([x.left_out for x in each], axis=0)
+        )
     up, down = _placements(scores, labels)
     positive = labels == 1
     p, q = up.shape[-1], down.shape[-1]
@@ -241,6 +263,15 @@ def _leave_one_out(
         lost = up[..., a].sum(-1) * q + down[..., b].sum(-1) * p - both.sum((-2, -1))
         left_out[..., s] = (wins - lost) / ((p - a.sum()) * (q - b.sum()))
     return _Jackknife(wins / (p * q), left_out)
+
+
+def _leave_one_out_correlation(
+    scores: Float[np.ndarray, "... n"], values: Float[np.ndarray, " n"], groups: Sequence[str]
+) -> _Jackknife:
+    """(1 + r) / 2 with each scenario left out: its logit is twice Fisher's z, so that intervals of AUROC serve it."""
+    unit = np.unique([str(group) for group in groups], return_inverse=True)[1]
+    left_out = [correlation(scores[..., unit != s], values[unit != s]) for s in range(unit.max() + 1)]
+    return _Jackknife((1 + correlation(scores, values)) / 2, (1 + np.stack(left_out, -1)) / 2)
 
 
 def _covariance(first: _Jackknife, second: _Jackknife) -> Float[np.ndarray, "..."]:
@@ -273,9 +304,9 @@ def _area_curve(jackknife: _Jackknife) -> Curve:
 
 
 def auroc_interval(
-    scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, " n"], groups: Sequence[str]
+    scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, "*category n"], groups: Sequence[str]
 ) -> Curve:
-    """AUROC with a 95 % delete-one-scenario interval.
+    """AUROC (labels as in `auroc`) with a 95 % delete-one-scenario interval.
 
     The ends lie on the logit scale, where the error near the ceiling is closer to normal than on the AUROC's own.
     The end towards chance starts from a value shrunk by one imaginary scenario at chance, so that it is finite at 1.
@@ -286,18 +317,42 @@ def auroc_interval(
 def auroc_difference(
     base: Float[np.ndarray, "... n"],
     aligned: Float[np.ndarray, "... n"],
-    labels: Int[np.ndarray, " n"],
+    labels: Int[np.ndarray, "*category n"],
     groups: Sequence[str],
 ) -> Curve:
     """AUROC(aligned) - AUROC(base) on the same items, 95 % interval recovered from the two single ones (MOVER)."""
-    jackknives = [_leave_one_out(scores, labels, groups) for scores in (base, aligned)]
-    spread = [np.sqrt(_covariance(x, x)) for x in jackknives]
+    axes = tuple(range(-labels.ndim, 0))
+    same = (base == aligned).all(axes)
+    a, b = (_leave_one_out(scores, labels, groups) for scores in (base, aligned))
+    return _area_difference(a, b, same)
+
+
+def correlation_interval(
+    scores: Float[np.ndarray, "... n"], values: Float[np.ndarray, " n"], groups: Sequence[str]
+) -> Curve:
+    """Correlation of scores with graded labels, 95 % delete-one-scenario interval on Fisher's scale."""
+    curve = _area_curve(_leave_one_out_correlation(scores, values, groups))
+    return Curve(*(2 * x - 1 for x in (curve.value, curve.lower, curve.upper)))
+
+
+def correlation_difference(
+    base: Float[np.ndarray, "... n"],
+    aligned: Float[np.ndarray, "... n"],
+    values: Float[np.ndarray, " n"],
+    groups: Sequence[str],
+) -> Curve:
+    """Correlation(aligned) - correlation(base) on the same items, 95 % interval as in `auroc_difference`."""
+    a, b = (_leave_one_out_correlation(scores, values, groups) for scores in (base, aligned))
+    curve = _area_difference(a, b, (base == aligned).all(-1))
+    return Curve(*(2 * x for x in (curve.value, curve.lower, curve.upper)))
+
+
+def _area_difference(base: _Jackknife, aligned: _Jackknife, identical: Bool[np.ndarray, "..."]) -> Curve:
+    spread = [np.sqrt(_covariance(x, x)) for x in (base, aligned)]
     product = spread[0] * spread[1]
-    covariance = _covariance(*jackknives)
-    correlation = np.divide(covariance, product, out=np.zeros_like(product), where=product > 0)
-    return mover_difference(
-        _area_curve(jackknives[0]), _area_curve(jackknives[1]), correlation, (base == aligned).all(-1)
-    )
+    covariance = _covariance(base, aligned)
+    r = np.divide(covariance, product, out=np.zeros_like(product), where=product > 0)
+    return mover_difference(_area_curve(base), _area_curve(aligned), r, identical)
 
 
 def mover_difference(
@@ -318,7 +373,7 @@ def mover_difference(
 def auroc_attenuation(
     base: Float[np.ndarray, "... n"],
     aligned: Float[np.ndarray, "... n"],
-    labels: Int[np.ndarray, " n"],
+    labels: Int[np.ndarray, "*category n"],
     groups: Sequence[str],
 ) -> tuple[Curve, Bool[np.ndarray, "..."]]:
     """1 - d'(aligned) / d'(base) with Fieller's 95 % interval, and where both AUROCs exceed 0.98 (ceiling).
@@ -336,7 +391,7 @@ def auroc_attenuation(
         for i, a in enumerate(jackknives)
     ]
     ratio = fieller_ratio(d_prime(area[0]), d_prime(area[1]), np.array(cells), critical_t(n - 1))
-    same = (base == aligned).all(axis=-1)
+    same = (base == aligned).all(axis=tuple(range(-labels.ndim, 0)))
     # Below chance there is nothing to attenuate either, however surely it is below.
     shown = finite & (raw[0] > 0.5)
     ends = (1 - ratio.value, 1 - ratio.upper, 1 - ratio.lower)

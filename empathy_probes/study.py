@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -247,30 +248,35 @@ def _write_folder(study: Study, out: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+# What of a category's name does not belong into the name of a file.
+UNSAFE = re.compile(r"[^\w]+")
+ESTIMATOR = {
+    "binary": "difference of means, label 1 minus label 0, raw activation units",
+    "graded": "slope of activations on the grade within scenarios, raw activation units per grade",
+    "categorical": "difference of means, this category minus the others, raw activation units",
+}
+
+
 def _save_vectors(finding: Finding, folder: Path) -> None:
-    """One file per concept, model, template and site: the difference-of-means direction at every block."""
+    """One file per concept (or category of it), model, template and site: its direction at every block."""
     for m in finding.measurements:
         rows = [i for i, layer in enumerate(m.layers) if layer >= 0]
         blocks = [m.layers[i] for i in rows]
+        names = [f"{m.concept}-{UNSAFE.sub('-', category)}" for category in m.categories]
         for side, model in enumerate(("base", "aligned")):
-            direction = m.directions[side][rows]
-            if len(blocks) < finding.n_layers:
-                whole = np.zeros((finding.n_layers, direction.shape[1]))
-                whole[blocks] = direction
-                direction = whole
             header = {
                 "schema_version": SCHEMA_VERSION, "concept": m.concept, "model": finding.provenance[model],
                 "template": m.template, "site": m.site, "layers": blocks, "layer_convention": "0-based block",
-                "estimator": "difference of means, label 1 minus label 0, raw activation units",
-                "rms": [float(m.rms[side][i]) for i in rows], "seed": finding.settings.seed,
-                "stimuli": finding.provenance["concepts"][m.concept]["digest"],
+                "estimator": ESTIMATOR[m.kind], "rms": [float(m.rms[side][i]) for i in rows],
+                "seed": finding.settings.seed, "stimuli": finding.provenance["concepts"][m.concept]["digest"],
             }  # fmt: skip
-            name = f"{m.concept}.{model}.{m.template}.{m.site}.safetensors"
-            data = save(
-                {"direction": direction.astype("float32")},
-                metadata={HEADER: json.dumps(header, sort_keys=True)},
-            )
-            write_file(folder / name, data)
+            for contrast, name in enumerate(names or [m.concept]):
+                direction = np.zeros((finding.n_layers, m.directions.shape[-1]), np.float32)
+                direction[blocks] = m.directions[side, contrast][rows]
+                own = header | ({"category": m.categories[contrast]} if names else {})
+                file = f"{name}.{model}.{m.template}.{m.site}.safetensors"
+                metadata = {HEADER: json.dumps(own, sort_keys=True)}
+                write_file(folder / file, save({"direction": direction}, metadata=metadata))
 
 
 def _jsonable(value: Any) -> Any:

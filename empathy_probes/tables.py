@@ -125,11 +125,12 @@ def did_rows(frame: pd.DataFrame) -> list[list[Cell]]:
 
 
 VIEWS = {
-    "auroc": "probe, AUROC", "d_prime": "d′ (crossnobis)", "bits": "bits", "cosine": "cosine of directions",
-    "cosine_mapped": "cosine after the map", "transfer_base_to_aligned": "base's probe, AUROC",
-    "transfer_base_to_aligned_mapped": "base's probe after the map, AUROC",
-    "transfer_aligned_to_base": "aligned model's probe, AUROC",
-    "transfer_aligned_to_base_mapped": "aligned model's probe after the map, AUROC",
+    "auroc": "probe, AUROC", "correlation": "probe, correlation", "slope": "slope of the reading", "granularity": "bits, fine in coarse",
+    "d_prime": "d′ (crossnobis)", "bits": "bits", "cosine": "cosine of directions",
+    "cosine_mapped": "cosine after the map", "transfer_base_to_aligned": "base's probe",
+    "transfer_base_to_aligned_mapped": "base's probe after the map",
+    "transfer_aligned_to_base": "aligned model's probe",
+    "transfer_aligned_to_base_mapped": "aligned model's probe after the map",
 }  # fmt: skip
 VIEW_HEAD = ["view", "in the base", "in the aligned model", "difference"]
 

@@ -18,7 +18,7 @@ FLOORS = (
     {"errors"},
     {"stats", "sites", "interventions", "store", "batches"},
     {"kernels", "stimuli", "activations", "grammar"},
-    {"prompts", "probes", "concepts", "contrasts", "surgery", "alignment"},
+    {"prompts", "probes", "coding", "concepts", "contrasts", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls"},
     {"pairs", "extraction", "decisions", "measurements"},
     {"design", "planting", "redraws", "rows"},

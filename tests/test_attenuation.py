@@ -18,11 +18,12 @@ from empathy_probes.attenuation import (
     load_finding,
     measure_attenuation,
 )
+from empathy_probes.coding import scenario_contrasts
 from empathy_probes.concepts import Concept
 from empathy_probes.design import design_study
 from empathy_probes.errors import InputError
 from empathy_probes.ledger import headlines, ledger_frame
-from empathy_probes.measurements import measure_concept, scenario_differences
+from empathy_probes.measurements import measure_concept
 from empathy_probes.models import Model
 from empathy_probes.pairs import ModelPair, load_pair
 from empathy_probes.report import write_report
@@ -128,7 +129,7 @@ def test_a_rotated_residual_basis_is_no_attenuation(tmp_path: Path) -> None:
     live = strength(finding)[strength(finding).layer >= 0]
     assert live.attenuation.notna().all() and live.attenuation.abs().max() < 1e-4
     # The directions themselves are far apart: a naive transfer would have called this a loss.
-    a, b = finding.measurements[0].directions[:, 1:]
+    a, b = finding.measurements[0].directions[:, 0, 1:]
     assert abs((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).max() < 0.9
 
 
@@ -195,7 +196,7 @@ def test_duplicating_a_text_inside_its_scenario_does_not_narrow_the_interval(tmp
 def test_clusters_of_correlated_scenarios_are_one_unit() -> None:
     stimuli = stimuli_from_rows([{**row, "cluster": f"c{i // 4}"} for i, row in enumerate(rows(40))], "demo")
     values = np.random.default_rng(0).normal(size=(80, 1, 3))
-    differences = scenario_differences(values, stimuli)
+    differences = scenario_contrasts(values, stimuli)[0]
     assert differences.shape == (20, 1, 3)
     np.testing.assert_allclose(differences[0], (values[0] - values[1] + values[2] - values[3]) / 2)
 
@@ -418,7 +419,8 @@ def test_the_unit_of_the_neutral_texts_cancels_in_d_prime() -> None:
     )
     loud = replace(texts, acts=2 * texts.acts)
     one, other = (
-        measure_concept(concept(), "raw", (acts, acts), (n, n), np.zeros(80), 0, True) for n in (texts, loud)
+        measure_concept(concept(), "raw", (acts, acts), (n, n), np.zeros((1, 80)), 0, True)
+        for n in (texts, loud)
     )
     np.testing.assert_allclose(other.views.whitened, one.views.whitened / 4, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(other.kernels, one.kernels)

@@ -213,7 +213,9 @@ BAD = {
     "too long": (["compare", "{m}/base", "{m}/plain", "--stimuli", "long.jsonl"], "expected at most 64"),
     "not UTF-8": (["compare", "{m}/base", "{m}/plain", "--stimuli", "latin.jsonl"], "not UTF-8"),
     "too few": (["compare", "{m}/base", "{m}/plain", "--stimuli", "few.jsonl"], "expected at least 30"),
-    "graded": (["compare", "{m}/base", "{m}/plain", "--stimuli", "graded.jsonl"], "graded labels"),
+    "category missing": (
+        ["compare", "{m}/base", "{m}/plain", "--stimuli", "categories.jsonl"], "got no text of "
+    ),
     "unknown concept": (["compare", "{m}/base", "{m}/plain", "--concepts", "joy"], "unknown concept 'joy'"),
     "unknown option": (["compare", "{m}/base", "{m}/plain", "--colour", "red"], "unrecognized arguments: --colour"),
     "unknown command": (["measure"], "invalid choice: 'measure'"),
@@ -254,7 +256,9 @@ def test_bad_input_exits_2_with_one_sentence_and_leaves_nothing(
         "empty": [],
         "long": [{**line, "text": "the " * 80} for line in lines],
         "few": lines[:20],
-        "graded": [{**line, "label": line["label"] * 2} for line in lines],
+        "categories": [
+            {**line, "label": "abc"[line["label"] * (1 + (i in (2, 3)))]} for i, line in enumerate(lines)
+        ],
     }
     for name, content in made.items():
         text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in content)

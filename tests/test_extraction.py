@@ -13,9 +13,9 @@ from conftest import stimuli, tiny_llama, word_tokenizer
 
 from empathy_probes import extraction
 from empathy_probes.activations import Activations
+from empathy_probes.coding import scenario_contrasts
 from empathy_probes.errors import InputError, NonFiniteError
 from empathy_probes.extraction import check_prompts, extract, plan_extraction, request_key
-from empathy_probes.measurements import scenario_differences
 from empathy_probes.models import Model, load_model
 from empathy_probes.prompts import RenderedPrompt, render
 from empathy_probes.stimuli import StimulusSet
@@ -52,8 +52,8 @@ def test_batch_size_and_order_change_no_contrast(model: Model, tmp_path: Path, b
     prompts = prompts_of(model, texts)
     whole = run(model, Store(str(tmp_path / "a")), prompts)
     other = run(model, Store(str(tmp_path / "b")), prompts[::-1], budget=budget)
-    contrast = scenario_differences(whole.normalised, texts)
-    again = scenario_differences(replace(other, acts=other.acts[::-1]).normalised, texts)
+    contrast = scenario_contrasts(whole.normalised, texts)[0]
+    again = scenario_contrasts(replace(other, acts=other.acts[::-1]).normalised, texts)[0]
     # Directions of contrasts, not raw activations: those agree to 0.9999 even when contrasts are ruined.
     norms = np.linalg.norm(contrast, axis=-1), np.linalg.norm(again, axis=-1)
     live = norms[0] > 1e-3  # the embedding of the shared last token is the same for both labels

@@ -104,9 +104,9 @@ def test_a_rotated_model_defies_the_base_probe_until_the_map() -> None:
     q = turn(4)
     aligned, folds = base @ q, grouped_folds(units, 5)
     x = neutral(400)
-    plain = auroc(transfer(base, aligned, labels, folds), labels)
-    mapped = auroc(transfer(base, aligned, labels, folds, fit_map(x, x @ q)), labels)
-    same = auroc(transfer(base, base, labels, folds), labels)
+    plain = auroc(transfer(base, aligned, labels[None], folds)[:, :, 0], labels)
+    mapped = auroc(transfer(base, aligned, labels[None], folds, fit_map(x, x @ q))[:, :, 0], labels)
+    same = auroc(transfer(base, base, labels[None], folds)[:, :, 0], labels)
     assert (mapped > 0.95).all() and (abs(plain - 0.5) > 0.2).mean() < 1
     np.testing.assert_allclose(mapped, same, atol=1e-3)
     assert plain.min() < 0.9

@@ -82,7 +82,11 @@ def test_other_factors_are_balanced_over_the_scenarios_of_a_concept():
 
 def test_the_eight_emotions_of_a_scenario_differ_only_in_valence_and_feeling_words():
     rows = grammar.stimuli_rows("emotion", 10, 0)
-    assert [row["label"] for row in rows[:8]] == [name for names in grammar.EMOTIONS for name in names]
+    assert [row["label"] for row in rows[:8]] == [
+        f"{coarse}/{name}"
+        for coarse, names in zip(("bad", "good"), grammar.EMOTIONS, strict=True)
+        for name in names
+    ]
     for start in range(0, len(rows), 8):
         group = [words(row["text"]) for row in rows[start : start + 8]]
         assert len({tuple(g) for g in group}) == 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from empathy_probes.nulls import direction_gaps, largest_p, permutation_aurocs, shuffle_labels
+from empathy_probes.nulls import direction_gaps, largest_p, permutation_null, shuffle_within
 from empathy_probes.probes import cross_fitted_scores
 from empathy_probes.stats import grouped_folds
 
@@ -15,16 +15,16 @@ FOLDS = grouped_folds(UNITS, 5)
 
 
 def test_labels_are_shuffled_within_scenarios_only() -> None:
-    shuffled = shuffle_labels(LABELS, UNITS, 50, 0)
+    shuffled = LABELS[shuffle_within(UNITS, 50, 0)]
     assert (shuffled.reshape(50, 40, 2).sum(-1) == 1).all()
     assert 0.4 < (shuffled == LABELS).mean() < 0.6
 
 
 def test_every_shuffle_gets_the_probe_it_would_get_alone() -> None:
     x = np.random.default_rng(0).standard_normal((80, 2, 10))
-    null = permutation_aurocs(x, LABELS, UNITS, FOLDS, draws=4, seed=3)
-    for draw, labels in enumerate(shuffle_labels(LABELS, UNITS, 4, 3)):
-        for layer, scores in enumerate(cross_fitted_scores(x, labels, FOLDS)):
+    null = permutation_null(x, LABELS[None], UNITS, FOLDS, draws=4, seed=3)
+    for draw, labels in enumerate(LABELS[shuffle_within(UNITS, 4, 3)]):
+        for layer, scores in enumerate(cross_fitted_scores(x, labels[None], FOLDS)[:, 0]):
             np.testing.assert_allclose(null[draw, layer], roc_auc_score(labels, scores), atol=1e-12)
 
 
@@ -33,12 +33,14 @@ def test_p_of_noise_is_uniform_and_of_a_signal_the_smallest_there_is() -> None:
     p = []
     for seed in range(60):
         x = rng.standard_normal((80, 2, 10))
-        observed = np.array([roc_auc_score(LABELS, s) for s in cross_fitted_scores(x, LABELS, FOLDS)])
-        p.append(largest_p(observed, permutation_aurocs(x, LABELS, UNITS, FOLDS, 99, seed)).min())
+        observed = np.array(
+            [roc_auc_score(LABELS, s) for s in cross_fitted_scores(x, LABELS[None], FOLDS)[:, 0]]
+        )
+        p.append(largest_p(observed, permutation_null(x, LABELS[None], UNITS, FOLDS, 99, seed)).min())
     assert (np.array(p) <= 0.05).mean() <= 0.15 and np.mean(p) > 0.3
     x[..., 0] += 3 * LABELS[:, None]
-    observed = np.array([roc_auc_score(LABELS, s) for s in cross_fitted_scores(x, LABELS, FOLDS)])
-    assert (largest_p(observed, permutation_aurocs(x, LABELS, UNITS, FOLDS, 99)) == 0.01).all()
+    observed = np.array([roc_auc_score(LABELS, s) for s in cross_fitted_scores(x, LABELS[None], FOLDS)[:, 0]])
+    assert (largest_p(observed, permutation_null(x, LABELS[None], UNITS, FOLDS, 99)) == 0.01).all()
 
 
 def test_a_direction_that_merely_varies_much_is_found_out_only_by_matched_directions() -> None:

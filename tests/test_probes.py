@@ -29,7 +29,7 @@ def data(n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str],
 
 def test_scores_equal_scikit_learns_ridge_with_the_same_penalty() -> None:
     features, labels, _, folds = data()
-    scores = cross_fitted_scores(features, labels, folds)
+    scores = cross_fitted_scores(features, labels[None], folds)[:, 0]
     for layer in range(features.shape[1]):
         rows = features[:, layer]
         for fold in range(5):
@@ -44,7 +44,7 @@ def test_scores_equal_scikit_learns_ridge_with_the_same_penalty() -> None:
 def test_a_texts_own_label_never_reaches_its_score() -> None:
     features, labels, _, folds = data()
     flipped = np.where(folds == 2, 1 - labels, labels)
-    before, after = (cross_fitted_scores(features, y, folds) for y in (labels, flipped))
+    before, after = (cross_fitted_scores(features, y[None], folds)[:, 0] for y in (labels, flipped))
     np.testing.assert_array_equal(before[:, folds == 2], after[:, folds == 2])
     assert not np.allclose(before[:, folds != 2], after[:, folds != 2])
 
@@ -52,15 +52,17 @@ def test_a_texts_own_label_never_reaches_its_score() -> None:
 def test_scale_and_rotation_change_no_score() -> None:
     features, labels, _, folds = data()
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(90, 90)))[0]
-    before = cross_fitted_scores(features, labels, folds)
-    np.testing.assert_allclose(cross_fitted_scores(7 * features @ rotation, labels, folds), before, atol=1e-8)
+    before = cross_fitted_scores(features, labels[None], folds)
+    np.testing.assert_allclose(
+        cross_fitted_scores(7 * features @ rotation, labels[None], folds), before, atol=1e-8
+    )
 
 
 def test_noise_scores_at_chance_and_a_planted_signal_above() -> None:
     at_chance, planted = [], []
     for seed in range(40):
         features, labels, _, folds = data(seed=seed)
-        scores = cross_fitted_scores(features, labels, folds)
+        scores = cross_fitted_scores(features, labels[None], folds)[:, 0]
         at_chance.append(auroc(scores, labels)[0])
         planted.append(auroc(scores, labels)[1])
     # The mean of 40 areas of 60 texts each has a standard error of about .012.
@@ -70,7 +72,7 @@ def test_noise_scores_at_chance_and_a_planted_signal_above() -> None:
 def test_texts_that_do_not_differ_at_a_layer_score_zero() -> None:
     features, labels, _, folds = data()
     features[:, 0] = 1.0
-    assert (cross_fitted_scores(features, labels, folds)[0] == 0).all()
+    assert (cross_fitted_scores(features, labels[None], folds)[0] == 0).all()
 
 
 @pytest.mark.parametrize(("word", "floor"), [("happy", 0.9), ("", 0.0)])
@@ -83,7 +85,7 @@ def test_the_bag_of_words_finds_a_keyword_and_nothing_where_there_is_none(word: 
             texts.append(" ".join([*generator.choice(vocabulary, 8), word if label else ""]))
             labels.append(label)
             units.append(str(s))
-    area = auroc(lexical_scores(texts, np.array(labels), units, 0)[None], np.array(labels))[0]
+    area = auroc(lexical_scores(texts, np.array([labels]), units, 0), np.array(labels))[0]
     assert area > floor and (word or abs(area - 0.5) < 0.15)
 
 
@@ -131,7 +133,7 @@ def test_the_calibration_of_two_classes_is_a_penalised_logistic_regression() -> 
     labels = rng.integers(0, 2, 200)
     score = rng.standard_normal(200) + labels
     score = (score - score.mean()) / score.std()
-    slope, intercept = _fit_platt(np.stack([-score, score], -1), np.eye(2)[labels])
+    slope, intercept = _fit_platt(np.stack([-score, score], -1), np.eye(2)[labels], np.ones((200, 2), bool))
     peer = LogisticRegression(C=1.0).fit(score[:, None], labels)  # C = 1 is an N(0, 1) prior on the slope
     # Two class scores -s and s make a logit of slope * s: (C - 1)/C of their difference.
     np.testing.assert_allclose(slope, peer.coef_[0, 0], rtol=1e-3)

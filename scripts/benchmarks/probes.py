@@ -18,7 +18,7 @@ from sklearn.model_selection import GroupKFold, permutation_test_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from empathy_probes.nulls import permutation_aurocs
+from empathy_probes.nulls import permutation_null
 from empathy_probes.probes import cross_fitted_scores
 from empathy_probes.stats import auroc, grouped_folds
 
@@ -47,8 +47,8 @@ def main() -> None:
     folds = grouped_folds(units, 5)
 
     began = time.perf_counter()
-    observed = auroc(cross_fitted_scores(features, labels, folds), labels)
-    null = permutation_aurocs(features, labels, units, folds, draws=args.permutations)
+    observed = auroc(cross_fitted_scores(features, labels[None], folds)[:, 0], labels)
+    null = permutation_null(features, labels[None], units, folds, draws=args.permutations)
     ours = time.perf_counter() - began
     p = (1 + (null >= observed).sum(0)) / (args.permutations + 1)
 
