@@ -32,6 +32,7 @@ from empathy_probes.kernels import cross_kernels, strength_kernels
 from empathy_probes.nulls import DRAWS, direction_gaps, largest_p, permutation_null
 from empathy_probes.probes import (
     N_FOLDS,
+    READING_FACTOR,
     cross_fitted_grade_losses,
     cross_fitted_losses,
     cross_fitted_scores,
@@ -124,8 +125,8 @@ class Measurement:
     def reading(self, scores: Float[np.ndarray, "*batch contrast item"]) -> Curve:
         """How well these scores tell the labels, with a 95 % interval: AUROC, its mean over categories, or correlation."""
         if self.kind == "graded":
-            return correlation_interval(scores[..., 0, :], self.labels, self.item_units)
-        return auroc_interval(scores, self.codes, self.item_units)
+            return correlation_interval(scores[..., 0, :], self.labels, self.item_units, READING_FACTOR)
+        return auroc_interval(scores, self.codes, self.item_units, READING_FACTOR)
 
     def reading_difference(
         self,
@@ -135,8 +136,8 @@ class Measurement:
         """Second reading minus the first, on the same texts."""
         if self.kind == "graded":
             scores = base[..., 0, :], aligned[..., 0, :]
-            return correlation_difference(*scores, self.labels, self.item_units)
-        return auroc_difference(base, aligned, self.codes, self.item_units)
+            return correlation_difference(*scores, self.labels, self.item_units, READING_FACTOR)
+        return auroc_difference(base, aligned, self.codes, self.item_units, READING_FACTOR)
 
     @property
     def key(self) -> str:

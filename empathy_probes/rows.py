@@ -13,7 +13,7 @@ from empathy_probes.contrasts import Contrast, TemplateShift
 from empathy_probes.decisions import Judgement
 from empathy_probes.geometry import cosine_from_kernels
 from empathy_probes.measurements import Measurement
-from empathy_probes.probes import BITS_FACTOR, bits, bits_difference, entropy, grade_entropy, paired_t
+from empathy_probes.probes import READING_FACTOR, bits, bits_difference, entropy, grade_entropy, paired_t
 from empathy_probes.stats import (
     Curve,
     auroc_attenuation,
@@ -133,7 +133,9 @@ def reading_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[di
     curves = {"base": base, "aligned": aligned, "difference": m.reading_difference(*m.scores)}
     ceiling = np.zeros(len(m.layers), bool)
     if m.kind != "graded":
-        curves["attenuation"], ceiling = auroc_attenuation(m.scores[0], m.scores[1], m.codes, m.item_units)
+        curves["attenuation"], ceiling = auroc_attenuation(
+            m.scores[0], m.scores[1], m.codes, m.item_units, READING_FACTOR
+        )
     rows = []
     for i, layer in enumerate(m.layers):
         row = _place(m, layer, n_layers, m.measure)
@@ -153,17 +155,18 @@ def slope_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[
     """Graded labels: grades that the probe's reading of held-out texts moves per grade within a scenario; 1 is all."""
     if m.kind != "graded":
         return iter(())
-    base, aligned = (_reading_slopes(m, scores[:, 0]) for scores in m.scores)
+    base, aligned = (scenario_slopes(scores[:, 0], m.labels, m.item_units) for scores in m.scores)
     curves = {"base": paired_t(base), "aligned": paired_t(aligned), "difference": paired_t(aligned - base)}
     return _curve_rows(m, n_layers, "slope", curves, [flags] * len(m.layers))
 
 
-def _reading_slopes(
-    m: Measurement, scores: Float[np.ndarray, "layer item"]
+def scenario_slopes(
+    scores: Float[np.ndarray, "layer item"], grades: Float[np.ndarray, " item"], units: Sequence[str]
 ) -> Float[np.ndarray, "layer unit"]:
-    place = np.unique(m.item_units, return_inverse=True)[1]
+    """Least-squares slope of the scores on the grades within each unit."""
+    place = np.unique(units, return_inverse=True)[1]
     member = np.eye(place.max() + 1)[place]
-    grade = m.labels - (m.labels @ member / member.sum(0))[place]
+    grade = grades - (grades @ member / member.sum(0))[place]
     return np.asarray((scores * grade) @ member / (grade**2 @ member))
 
 
@@ -231,7 +234,7 @@ def _bits_rows(
     losses = both.astype(float)
     base, aligned = (bits(side, whole) for side in losses)
     n = losses.shape[-1]
-    covariance = np.stack([np.cov(losses[:, i]) for i in range(losses.shape[1])], -1) * BITS_FACTOR**2 / n
+    covariance = np.stack([np.cov(losses[:, i]) for i in range(losses.shape[1])], -1) * READING_FACTOR**2 / n
     ratio = fieller_ratio(base.value, aligned.value, covariance, critical_t(n - 1))
     kept = Curve(ratio.value, ratio.lower, ratio.upper)
     positive = base.lower > 0

@@ -265,13 +265,13 @@ def _leave_one_out(
     return _Jackknife(wins / (p * q), left_out)
 
 
-def _leave_one_out_correlation(
+def _correlations(
     scores: Float[np.ndarray, "... n"], values: Float[np.ndarray, " n"], groups: Sequence[str]
 ) -> _Jackknife:
-    """(1 + r) / 2 with each scenario left out: its logit is twice Fisher's z, so that intervals of AUROC serve it."""
+    """Correlation with each scenario left out in turn."""
     unit = np.unique([str(group) for group in groups], return_inverse=True)[1]
     left_out = [correlation(scores[..., unit != s], values[unit != s]) for s in range(unit.max() + 1)]
-    return _Jackknife((1 + correlation(scores, values)) / 2, (1 + np.stack(left_out, -1)) / 2)
+    return _Jackknife(correlation(scores, values), np.stack(left_out, -1))
 
 
 def _covariance(first: _Jackknife, second: _Jackknife) -> Float[np.ndarray, "..."]:
@@ -285,9 +285,9 @@ def _covariance(first: _Jackknife, second: _Jackknife) -> Float[np.ndarray, "...
     return (n - 1) / n * (a * b).sum(axis=-1) + (first.value - 0.5) * (second.value - 0.5) / n**2
 
 
-def _area_curve(jackknife: _Jackknife) -> Curve:
+def _area_curve(jackknife: _Jackknife, widen: float) -> Curve:
     value, n = jackknife.value, jackknife.left_out.shape[-1]
-    reach = critical_t(n - 1) * np.sqrt(_covariance(jackknife, jackknife))
+    reach = widen * critical_t(n - 1) * np.sqrt(_covariance(jackknife, jackknife))
     shrunk = (n * value + 0.5) / (n + 1)
 
     def end(centre: np.ndarray, sign: int) -> np.ndarray:
@@ -304,14 +304,17 @@ def _area_curve(jackknife: _Jackknife) -> Curve:
 
 
 def auroc_interval(
-    scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, "*category n"], groups: Sequence[str]
+    scores: Float[np.ndarray, "... n"],
+    labels: Int[np.ndarray, "*category n"],
+    groups: Sequence[str],
+    widen: float = 1.0,
 ) -> Curve:
-    """AUROC (labels as in `auroc`) with a 95 % delete-one-scenario interval.
+    """AUROC (labels as in `auroc`) with a 95 % delete-one-scenario interval, made `widen` times as wide.
 
     The ends lie on the logit scale, where the error near the ceiling is closer to normal than on the AUROC's own.
     The end towards chance starts from a value shrunk by one imaginary scenario at chance, so that it is finite at 1.
     """
-    return _area_curve(_leave_one_out(scores, labels, groups))
+    return _area_curve(_leave_one_out(scores, labels, groups), widen)
 
 
 def auroc_difference(
@@ -319,20 +322,29 @@ def auroc_difference(
     aligned: Float[np.ndarray, "... n"],
     labels: Int[np.ndarray, "*category n"],
     groups: Sequence[str],
+    widen: float = 1.0,
 ) -> Curve:
     """AUROC(aligned) - AUROC(base) on the same items, 95 % interval recovered from the two single ones (MOVER)."""
     axes = tuple(range(-labels.ndim, 0))
     same = (base == aligned).all(axes)
     a, b = (_leave_one_out(scores, labels, groups) for scores in (base, aligned))
-    return _area_difference(a, b, same)
+    product = np.sqrt(_covariance(a, a) * _covariance(b, b))
+    correlated = np.divide(_covariance(a, b), product, out=np.zeros_like(product), where=product > 0)
+    return mover_difference(_area_curve(a, widen), _area_curve(b, widen), correlated, same)
 
 
 def correlation_interval(
-    scores: Float[np.ndarray, "... n"], values: Float[np.ndarray, " n"], groups: Sequence[str]
+    scores: Float[np.ndarray, "... n"],
+    values: Float[np.ndarray, " n"],
+    groups: Sequence[str],
+    widen: float = 1.0,
 ) -> Curve:
     """Correlation of scores with graded labels, 95 % delete-one-scenario interval on Fisher's scale."""
-    curve = _area_curve(_leave_one_out_correlation(scores, values, groups))
-    return Curve(*(2 * x - 1 for x in (curve.value, curve.lower, curve.upper)))
+    found = _correlations(scores, values, groups)
+    z = np.arctanh(np.clip(found.value, -1 + 1e-12, 1 - 1e-12))
+    # On Fisher's scale itself: near 1 its derivative would exaggerate a change that is not small against 1 - r.
+    reach = widen * _jackknife_reach(np.arctanh(np.clip(found.left_out, -1 + 1e-12, 1 - 1e-12)))
+    return Curve(found.value, np.tanh(z - reach), np.tanh(z + reach))
 
 
 def correlation_difference(
@@ -340,19 +352,18 @@ def correlation_difference(
     aligned: Float[np.ndarray, "... n"],
     values: Float[np.ndarray, " n"],
     groups: Sequence[str],
+    widen: float = 1.0,
 ) -> Curve:
-    """Correlation(aligned) - correlation(base) on the same items, 95 % interval as in `auroc_difference`."""
-    a, b = (_leave_one_out_correlation(scores, values, groups) for scores in (base, aligned))
-    curve = _area_difference(a, b, (base == aligned).all(-1))
-    return Curve(*(2 * x for x in (curve.value, curve.lower, curve.upper)))
+    """Correlation(aligned) - correlation(base) on the same items, paired 95 % delete-one-scenario interval."""
+    a, b = (_correlations(scores, values, groups) for scores in (base, aligned))
+    difference, reach = b.value - a.value, widen * _jackknife_reach(b.left_out - a.left_out)
+    return Curve(difference, difference - reach, difference + reach)
 
 
-def _area_difference(base: _Jackknife, aligned: _Jackknife, identical: Bool[np.ndarray, "..."]) -> Curve:
-    spread = [np.sqrt(_covariance(x, x)) for x in (base, aligned)]
-    product = spread[0] * spread[1]
-    covariance = _covariance(base, aligned)
-    r = np.divide(covariance, product, out=np.zeros_like(product), where=product > 0)
-    return mover_difference(_area_curve(base), _area_curve(aligned), r, identical)
+def _jackknife_reach(left_out: Float[np.ndarray, "... unit"]) -> Float[np.ndarray, "..."]:
+    n = left_out.shape[-1]
+    spread = left_out - left_out.mean(axis=-1, keepdims=True)
+    return critical_t(n - 1) * np.sqrt((n - 1) / n * (spread**2).sum(axis=-1))
 
 
 def mover_difference(
@@ -375,6 +386,7 @@ def auroc_attenuation(
     aligned: Float[np.ndarray, "... n"],
     labels: Int[np.ndarray, "*category n"],
     groups: Sequence[str],
+    widen: float = 1.0,
 ) -> tuple[Curve, Bool[np.ndarray, "..."]]:
     """1 - d'(aligned) / d'(base) with Fieller's 95 % interval, and where both AUROCs exceed 0.98 (ceiling).
 
@@ -390,7 +402,7 @@ def auroc_attenuation(
         [_covariance(a, b) * slope[i] * slope[j] for j, b in enumerate(jackknives)]
         for i, a in enumerate(jackknives)
     ]
-    ratio = fieller_ratio(d_prime(area[0]), d_prime(area[1]), np.array(cells), critical_t(n - 1))
+    ratio = fieller_ratio(d_prime(area[0]), d_prime(area[1]), np.array(cells), widen * critical_t(n - 1))
     same = (base == aligned).all(axis=tuple(range(-labels.ndim, 0)))
     # Below chance there is nothing to attenuate either, however surely it is below.
     shown = finite & (raw[0] > 0.5)
