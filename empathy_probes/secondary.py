@@ -1,7 +1,8 @@
 """The secondary measures on many scenario samples of one pair: AUROC, bits, d′, cosine and transfer.
 
 Each sample goes through `measure_concept` and the rows of attenuation.csv, as in a study, with neutral texts drawn anew. What
-d′ and cosine estimate does not depend on n: their truth is the value over the whole population. A cross-fitted probe is
+d′ and cosine estimate does not depend on n (but on the number of neutral texts): their truth is the value over the whole
+population, the mean over draws of as many neutral texts. A cross-fitted probe is
 better the more scenarios it learns from: the truth of AUROC, bits and transfer is the mean over all samples of that size,
 so that coverage says whether the interval is as wide as the scatter of the estimate.
 """
@@ -37,6 +38,8 @@ MEASURES = (
 # Nulls say nothing about intervals; a study draws 999.
 NULL_DRAWS = 1
 NEUTRAL = 320
+# Draws of as many neutral texts behind the truth of what depends on them.
+TRUTH_DRAWS = 20
 
 
 @dataclass(frozen=True)
@@ -140,18 +143,33 @@ def _truth(
         means["auroc", "attenuation"] = float(1 - d_prime(np.array(areas[1])) / d_prime(np.array(areas[0])))
     stimuli = exhibit.concept.stimuli
     differences = [scenario_contrasts(a.normalised, stimuli)[0] for a in exhibit.acts]
-    neutral = neutral_states(exhibit.neutral, exhibit.acts)
-    whitened = [_mean(whitened_kernels(d, x)) for d, x in zip(differences, neutral, strict=True)]
+    # What d' and the mapped cosine are depends on how many neutral texts whiten and map: with few of them the covariance is
+    # shrunk more, and a contrast that became quieter stands out less. They are properties of that number, as bits are of n.
+    whole = neutral_states(exhibit.neutral, exhibit.acts)
+    rng = np.random.default_rng([TRUTH_DRAWS, 37])
+    draws = [rng.choice(len(whole[0]), NEUTRAL, replace=False) for _ in range(TRUTH_DRAWS)]
+    neutral = [[x[rows] for x in whole] for rows in draws]
+    whitened = np.mean(
+        [[_mean(whitened_kernels(d, x)) for d, x in zip(differences, n, strict=True)] for n in neutral],
+        axis=0,
+    )
     separation = np.sqrt(np.maximum(whitened, 0))
     means["d_prime", "base"], means["d_prime", "aligned"] = separation.tolist()
     means["d_prime", "attenuation"] = float(1 - separation[1] / separation[0])
     one = np.ones((exhibit.n, 1))  # they are in units of the rms already
     own = [_mean(strength_kernels(d, one)) for d in differences]
     if min(own) > 0:
-        turned = differences[0] if exhibit.same_model else fit_map(*neutral).turn(differences[0])
-        for measure, base in (("cosine", differences[0]), ("cosine_mapped", turned)):
-            cross = _mean(cross_kernels(base, differences[1], one, one))
-            means[measure, "aligned"] = cross / np.sqrt(own[0] * own[1])
+        for measure, bases in (
+            ("cosine", differences[:1]),
+            (
+                "cosine_mapped",
+                differences[:1]
+                if exhibit.same_model
+                else [fit_map(*n).turn(differences[0]) for n in neutral],
+            ),
+        ):
+            crossed = [_mean(cross_kernels(base, differences[1], one, one)) for base in bases]
+            means[measure, "aligned"] = float(np.mean(crossed)) / np.sqrt(own[0] * own[1])
     return np.array([means[measure] for measure in MEASURES])
 
 
