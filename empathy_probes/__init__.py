@@ -17,12 +17,12 @@ __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _MODULES = {
-    "attenuation": ("Finding", "Settings", "load_finding", "measure", "measure_attenuation"),
+    "attenuation": ("Finding", "load_finding", "measure", "measure_attenuation"),
     "calibration": ("calibrate",),
     "concepts": (
         "Concept", "list_concepts", "load_concept", "load_concept_file", "load_controls", "load_neutral", "load_targets",
     ),
-    "design": ("Design", "design_study"),
+    "design": ("Design", "Settings", "design_study"),
     "errors": ("EmpathyProbesError", "InputError", "NonFiniteError", "ProvenanceError", "StoreError"),
     "interventions": (
         "add_vector", "at_positions", "mean_ablate", "project_out", "replace_component", "replace_with",
@@ -56,7 +56,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from empathy_probes.attenuation import Finding, Settings, load_finding, measure, measure_attenuation
+    from empathy_probes.attenuation import Finding, load_finding, measure, measure_attenuation
     from empathy_probes.calibration import calibrate
     from empathy_probes.concepts import (
         Concept,
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
         load_neutral,
         load_targets,
     )
-    from empathy_probes.design import Design, design_study
+    from empathy_probes.design import Design, Settings, design_study
     from empathy_probes.errors import (
         EmpathyProbesError,
         InputError,

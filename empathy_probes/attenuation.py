@@ -20,7 +20,7 @@ from empathy_probes.coding import contrast_codes, label_numbers
 from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import did
 from empathy_probes.decisions import Judgement, judge, judge_controls
-from empathy_probes.design import Design, describe_design, design_study, neutral_name
+from empathy_probes.design import Design, Settings, describe_design, design_study, neutral_name
 from empathy_probes.extraction import extract
 from empathy_probes.measurements import Measurement, Views, measure_concept
 from empathy_probes.pairs import ModelPair
@@ -30,19 +30,6 @@ from empathy_probes.store import Store, load_record, open_store, save_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Choices that change a number without changing what was measured."""
-
-    margin: float = 0.10
-    """δ: an attenuation within it counts as none."""
-    specific_margin: float = 0.20
-    """δ for the equivalence of `specific`."""
-    draws: int = 1000
-    """Multiplier draws behind every band."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -203,8 +203,7 @@ def _split(values: Sequence[str], option: str) -> tuple[str, ...]:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from empathy_probes.attenuation import Settings
-    from empathy_probes.design import design_study
+    from empathy_probes.design import Settings, design_study
     from empathy_probes.grammar import neutral_texts
     from empathy_probes.phantoms import load_phantom, load_phantom_concepts, phantom_truth
     from empathy_probes.study import run_study
@@ -247,7 +246,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _run_spec(spec: StudySpec, args: argparse.Namespace) -> int:
-    from empathy_probes.attenuation import Settings
+    from empathy_probes.design import Settings
     from empathy_probes.specs import default_out, describe_plan, resolve
     from empathy_probes.study import run_study
 

@@ -27,6 +27,19 @@ FEWEST_NEUTRAL = 50
 
 
 @dataclass(frozen=True)
+class Settings:
+    """Choices that change a number without changing what was measured."""
+
+    margin: float = 0.10
+    """δ: an attenuation within it counts as none."""
+    specific_margin: float = 0.20
+    """δ for the equivalence of `specific`."""
+    draws: int = 1000
+    """Multiplier draws behind every band."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Design:
     """What will be measured, resolved and validated: nothing has run yet."""
 

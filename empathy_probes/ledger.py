@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from empathy_probes.attenuation import Finding, Measurement, Settings
+from empathy_probes.attenuation import Finding, Measurement
 from empathy_probes.decisions import FEWEST_CONTROLS, Judgement
+from empathy_probes.design import Settings
 
 LEDGER_COLUMNS = [
     "concept",

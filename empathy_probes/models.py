@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -159,18 +159,22 @@ class Model:
     @cached_property
     def replay_refusal(self) -> str | None:
         """Why `replay` cannot be trusted for this model; None where one batch showed it equal to a forward pass."""
-        rows = [[(7 * i + 3) % self.d_vocab for i in range(length)] for length in (6, 4)]
-        batch = pad_tokens(rows, self.device)
-        state = Site(self.n_layers // 2)
+        texts = [[(7 * i + 3) % self.d_vocab for i in range(length)] for length in (6, 4)]
+        batch = pad_tokens(texts, self.device)
+        last = Site(self.n_layers - 1)
+        state = Site((self.n_layers - 1) // 2 if self.n_layers > 1 else -1)
         try:
             with torch.inference_mode():
                 whole = self.run(batch, read=[state], capture=True)
-                again = self.replay(whole, whole.acts[state], after=state.layer)
+                again = self.replay(whole, whole.acts[state], after=state.layer, read=[last])
+                rows = torch.arange(min(3, self.d_vocab), device=self.device).expand(len(batch.ids), -1)
+                some = self.head_rows(again.acts[last][:, 0], rows)
         except (RuntimeError, TypeError, AttributeError, LookupError, EmpathyProbesError) as error:
             return f"continuing from block {state.layer} fails ({type(error).__name__}: {error})"
         assert whole.logits is not None and again.logits is not None
         real = batch.mask.bool()
         miss = (whole.logits[real].float() - again.logits[real].float()).abs().max().item()
+        miss = max(miss, (whole.logits[:, 0, : some.shape[1]].float() - some.float()).abs().max().item())
         scale = whole.logits[real].float().std().item()
         tolerance = {torch.float32: 1e-4, torch.float64: 1e-6}.get(whole.logits.dtype, 3e-2) * max(
             scale, 1e-6
@@ -214,7 +218,7 @@ class Model:
         logits = None
         with self._hooked(read, write or {}, acts, pool), contextlib.ExitStack() as stack:
             if capture:
-                if last_layer is not None:
+                if depth < self.n_layers - 1:
                     raise InputError(
                         "capture got a run that stops early, expected one of full depth; drop last_layer"
                     )
@@ -270,8 +274,28 @@ class Model:
         self._check_fired(read, acts)
         return Run(acts, self._unembed(state) if last_layer is None else None, None)
 
+    def head(self, states: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_vocab"]:
+        """Logits of single states after the last block: final norm and unembedding."""
+        return self._unembed(states[:, None])[:, 0]
+
+    def head_rows(self, states: Float[Tensor, "k d_model"], rows: Int[Tensor, "k r"]) -> Float[Tensor, "k r"]:
+        """Some logits of each state; no other row of the unembedding is computed."""
+        normed = self.bridge.ln_final(states[:, None])[:, 0]
+        weight, bias = (
+            self.bridge.unembed.original_component.weight,
+            self.bridge.unembed.original_component.bias,
+        )
+        # One small product per state where rows differ between states, one for all where they are the same.
+        if len(rows) and (rows == rows[0]).all():
+            logits = normed @ weight[rows[0]].T
+        else:
+            logits = torch.einsum("kd,krd->kr", normed, weight[rows])
+        return self._cap(logits if bias is None else logits + bias[rows])
+
     def _unembed(self, state: Tensor) -> Tensor:
-        logits = self.bridge.unembed(self.bridge.ln_final(state))
+        return self._cap(self.bridge.unembed(self.bridge.ln_final(state)))
+
+    def _cap(self, logits: Tensor) -> Tensor:
         cap = getattr(self.bridge.original_model.config, "final_logit_softcapping", None)
         return (logits / cap).tanh() * cap if cap else logits
 

@@ -20,7 +20,7 @@ import numpy as np
 from empathy_probes.concepts import Concept, load_concept, load_controls, load_targets
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract
-from empathy_probes.grammar import CONTROLS, TARGETS, stimuli_rows
+from empathy_probes.grammar import CONTROLS, TARGETS, readout, stimuli_rows
 from empathy_probes.kernels import pair_kernels, strength_kernels
 from empathy_probes.models import build_checkpoint, load_model, open_checkpoint, save_checkpoint
 from empathy_probes.pairs import ModelPair
@@ -136,7 +136,8 @@ def load_phantom_concepts(
     """
 
     def concept(name: str, role: Any) -> Concept:
-        stimuli = stimuli_from_rows(stimuli_rows(name, n_scenarios, seed, nuisance, doubt), name)
+        rows = stimuli_rows(name, n_scenarios, seed, nuisance, doubt)
+        stimuli = stimuli_from_rows([{**row, "readout": readout(name)} for row in rows], name)
         return Concept(name, role, "", "", "user", f"{name} in the phantom grammar", stimuli)
 
     targets = tuple(concept(n, "target") for n in TARGETS if n in names)

@@ -110,6 +110,14 @@ def fieller_ratio(
     return Curve(*(np.where(detected, x, np.nan) for x in (ratio, *ends)))
 
 
+def mean_interval(values: Float[np.ndarray, "... unit"]) -> Curve:
+    """Mean over scenarios with a 95 % t interval."""
+    n = values.shape[-1]
+    centre = values.mean(-1)
+    reach = critical_t(n - 1) * values.std(-1, ddof=1) / np.sqrt(n)
+    return Curve(np.asarray(centre), np.asarray(centre - reach), np.asarray(centre + reach))
+
+
 # ---------------------------------------------------------------- simultaneous statements
 
 

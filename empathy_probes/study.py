@@ -27,8 +27,8 @@ import pandas as pd
 from safetensors.numpy import save
 
 from empathy_probes import __version__
-from empathy_probes.attenuation import TYPES, Finding, Settings, measure, study_options
-from empathy_probes.design import Design, describe_design
+from empathy_probes.attenuation import TYPES, Finding, measure, study_options
+from empathy_probes.design import Design, Settings, describe_design
 from empathy_probes.errors import InputError, ProvenanceError, StoreError
 from empathy_probes.ledger import headline_dicts, headlines, ledger_frame
 from empathy_probes.store import (

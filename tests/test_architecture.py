@@ -22,7 +22,8 @@ FLOORS = (
     {"models", "controls", "geometry", "nulls"},
     {"pairs", "extraction", "decisions", "measurements"},
     {"design", "planting", "redraws", "rows"},
-    {"attenuation", "scorecard", "secondary"},
+    {"readouts"},
+    {"attenuation", "expression", "stitching", "scorecard", "secondary"},
     {"ledger", "phantoms", "specs", "attacks"},
     {"study", "calibration"},
     {"wording", "drawing"},
@@ -33,7 +34,8 @@ FLOORS = (
     {"cli"},
 )
 # One-line methods of results that show themselves.
-LATE = {("attenuation", "plots"), ("attenuation", "report"), ("scorecard", "scorepage")}
+QUESTIONS = ("attenuation", "expression", "stitching")
+LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
 
 
 def floor_of(module: str) -> int:
