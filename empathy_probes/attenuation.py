@@ -159,7 +159,7 @@ class Finding:
     def _repr_html_(self) -> str:
         from empathy_probes import report
 
-        return report.finding_html(self)
+        return report.result_html(self)
 
 
 TYPES = {cls.__name__: cls for cls in (Finding, Measurement, Settings, Views)}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -22,6 +22,15 @@ class TokenBatch:
     """1 on tokens, 0 on padding."""
     start: Int[Tensor, " batch"]
     """Index of each row's first token: 0 unless padded on the left."""
+    visible: Bool[Tensor, "batch pos pos"] | None = None
+    """Which position (last axis) each one sees, where that is not simply all before it."""
+    offsets: Int[Tensor, "batch pos"] | None = None
+    """Position of every token, where `visible` is given."""
+
+
+def row_positions(batch: TokenBatch) -> Int[Tensor, "batch pos"]:
+    """Position of every token, counted from its row's first (padding: 0)."""
+    return batch.offsets if batch.offsets is not None else (batch.mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def pad_tokens(
@@ -40,6 +49,25 @@ def pad_tokens(
         ids[i, start : start + len(row)] = torch.as_tensor(row)
         mask[i, start : start + len(row)] = 1
     return TokenBatch(ids.to(device), mask.to(device), torch.tensor(starts, device=device))
+
+
+def pack_tokens(
+    rows: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]], device: str | torch.device = "cpu"
+) -> TokenBatch:
+    """Rows of a prompt and two continuations, neither of which sees the other: the prompt is computed once for both.
+
+    Each row is (prompt, first, second); the second's tokens have the positions they would have right after the prompt.
+    """
+    plain = pad_tokens([[*prompt, *first, *second] for prompt, first, second in rows], device)
+    width = plain.ids.shape[1]
+    visible = torch.tril(torch.ones(width, width, dtype=torch.bool)).repeat(len(rows), 1, 1)
+    offsets = torch.arange(width).repeat(len(rows), 1)
+    for i, (prompt, first, _) in enumerate(rows):
+        end = len(prompt) + len(first)
+        visible[i, end:, len(prompt) : end] = False
+        offsets[i, end:] -= len(first)
+    # Padding sees itself, or its softmax would be over nothing.
+    return TokenBatch(plain.ids, plain.mask, plain.start, visible.to(device), offsets.to(device))
 
 
 @dataclass(frozen=True)

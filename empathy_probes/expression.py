@@ -139,12 +139,10 @@ class Coupling:
             row: dict[str, Any] = {
                 "concept": c.concept, "role": c.role, "template": c.template, "n_scenarios": len(c.units),
             }  # fmt: skip
-            parts = {"base": _part(c.means, 0), "aligned": _part(c.means, 1), "difference": _part(c.difference),
+            parts: dict[str, tuple[float, float, float]] = {"base": _part(c.means, 0), "aligned": _part(c.means, 1), "difference": _part(c.difference),
                      "attenuation": _part(c.attenuation)}  # fmt: skip
             if c.role == "target" and not _reversed(c):
-                parts["specific"] = tuple(
-                    float(x[0]) for x in (j.specific.value, j.specific.lower, j.specific.upper)
-                )
+                parts["specific"] = _part(j.specific, 0)
             for name, values in parts.items():
                 row |= dict(zip((name, f"{name}_lower", f"{name}_upper"), values, strict=True))
             flags = [*j.flags[0], *(["sign_reversed"] if _reversed(c) else [])]

@@ -18,7 +18,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from empathy_probes.batches import Pool, TokenBatch, pad_tokens
+from empathy_probes.batches import Pool, TokenBatch, pack_tokens, pad_tokens, row_positions
 from empathy_probes.errors import EmpathyProbesError, InputError
 from empathy_probes.interventions import Edit
-from empathy_probes.prompts import render_texts
-from empathy_probes.sites import Site
+from empathy_probes.prompts import Style, render_messages, render_texts
+from empathy_probes.sites import HEADS, Site
 
 logger = logging.getLogger(__name__)
 DTYPES = {
@@ -66,10 +66,20 @@ class Run:
     """None where `last_layer` stopped the run before the unembedding."""
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] | None
     """The arguments of every block, for `Model.replay`; None unless asked for."""
+    batch: TokenBatch | None = None
+    """What was run, where calls were kept."""
 
 
 class _Stop(Exception):
     """Ends a forward pass once the last layer that anyone needs has run."""
+
+
+@dataclass
+class _Place:
+    """Where the running forward pass stands: the one thing about a run that an edit of chosen positions must know."""
+
+    positions: Int[Tensor, "batch pos"] | None = None
+    """Counted from each row's first token, also where keys and values of earlier ones come from a cache."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,7 @@ class Model:
     """SHA-256 over names, shapes and values of all parameters, cast to float32."""
     config: Mapping[str, Any]
     """The checkpoint's configuration, without entries that only name it."""
+    _place: _Place = field(default_factory=_Place, repr=False, compare=False)
 
     @property
     def n_layers(self) -> int:
@@ -96,6 +107,16 @@ class Model:
     def d_model(self) -> int:
         """Width of the residual stream."""
         return int(self.bridge.cfg.d_model)
+
+    @property
+    def n_heads(self) -> int:
+        """Attention heads of a block (of queries, where keys and values have fewer)."""
+        return int(self.bridge.cfg.n_heads)
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head."""
+        return int(self.bridge.cfg.d_head)
 
     @property
     def d_vocab(self) -> int:
@@ -228,9 +249,55 @@ class Model:
             if last_layer is not None:
                 stack.callback(self._stop_after(last_layer).remove)
             with contextlib.suppress(_Stop):
-                logits = self.bridge(batch.ids, attention_mask=batch.mask, use_cache=False)
+                logits = self.bridge(batch.ids, use_cache=False, **self._attention(batch))
         self._check_fired(read, acts)
-        return Run(acts, logits, tuple(calls) if capture else None)
+        return Run(acts, logits, tuple(calls), batch) if capture else Run(acts, logits, None)
+
+    def _attention(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """What decides which tokens see which, and their positions."""
+        if batch.visible is None:
+            return {"attention_mask": batch.mask}
+        dtype = next(self.bridge.parameters()).dtype
+        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=batch.ids.device)
+        mask = torch.where(batch.visible, torch.zeros_like(hidden), hidden)[:, None]
+        return {"attention_mask": mask, "position_ids": row_positions(batch)}
+
+    @cached_property
+    def pack_refusal(self) -> str | None:
+        """Why two continuations cannot share a row with their prompt in this model; None where one batch showed they can."""
+        window = self.config.get("sliding_window")
+        if window is not None and self.config.get("use_sliding_window", True):
+            return f"its attention has a window of {window} tokens"
+        prompt = [(7 * i + 3) % self.d_vocab for i in range(5)]
+        first, second = ([(5 * i + k) % self.d_vocab for i in range(2 + k)] for k in (0, 1))
+        last = Site(self.n_layers - 1)
+        batches = (
+            pack_tokens([(prompt, first, second)], self.device),
+            pad_tokens([[*prompt, *first]], self.device),
+            pad_tokens([[*prompt, *second]], self.device),
+        )
+        try:
+            with torch.inference_mode():
+                both, *alone = (
+                    self.run(batch, [last], last_layer=last.layer).acts[last][0] for batch in batches
+                )
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            EmpathyProbesError,
+        ) as error:
+            return f"running them fails ({type(error).__name__}: {error})"
+        start = len(prompt) + len(first)
+        miss = max(
+            (both[:start] - alone[0]).float().abs().max().item(),
+            (both[start:] - alone[1][len(prompt) :]).float().abs().max().item(),
+        )
+        scale = alone[0].float().std().item()
+        tolerance = {"float32": 1e-4, "float64": 1e-6}.get(self.dtype, 3e-2) * max(scale, 1e-6)
+        return None if miss <= tolerance else f"they miss what each alone gives by {miss:.2g}"
 
     def replay(
         self,
@@ -250,16 +317,15 @@ class Model:
             after: the block the state stands after; −1 for the input of block 0.
             read, write, last_layer, pool: as in `run`; sites must lie in blocks beyond `after`.
         """
-        if run.calls is None:
+        if run.calls is None or run.batch is None:
             raise InputError(
                 "replay got a run without captured calls, expected one made with capture=True; run it again so"
             )
         depth = self.n_layers - 1 if last_layer is None else last_layer
         self._check_sites([*read, *(write or {})], after + 1, depth)
         acts: dict[Site, Tensor] = {}
-        captured = (
-            run.calls[0][0][0].shape[0] if run.calls[0][0] else run.calls[0][1]["hidden_states"].shape[0]
-        )
+        captured = len(run.batch.ids)
+        self._place.positions = row_positions(run.batch)
         with self._hooked(read, write or {}, acts, pool):
             for layer in range(after + 1, depth + 1):
                 args, kwargs = run.calls[layer]
@@ -273,6 +339,122 @@ class Model:
                 state = out[0] if isinstance(out, tuple) else out
         self._check_fired(read, acts)
         return Run(acts, self._unembed(state) if last_layer is None else None, None)
+
+    @contextlib.contextmanager
+    def editing(
+        self, write: Mapping[Site, Edit], where: Callable[[Int[Tensor, "batch pos"]], Tensor] | None = None
+    ) -> Iterator[None]:
+        """Keep edits in place over every run inside: `run`, `replay`, `generate`, also with a cache of keys and values.
+
+        Several may be nested; each leaves as it entered, whatever happens.
+
+        Args:
+            write: an edit per site.
+            where: from positions, counted from each row's first token, to whether a position is edited; all by default.
+
+        Raises:
+            InputError: a site lies beyond the model.
+            EmpathyProbesError: nothing ran inside that an edit applied to.
+        """
+        self._check_sites(list(write), -1, self.n_layers - 1)
+        # Counted before the edits: a place that is passed but not chosen by `where` is no edit.
+        edited: set[Site] = set()
+        edits = {site: _somewhere(site, edit, where, self._place, edited) for site, edit in write.items()}
+        with self._following(), self._hooked((), edits, {}, None):
+            yield
+        silent = [site for site in write if site not in edited]
+        if silent:
+            raise EmpathyProbesError(
+                f"the edit at {silent[0]} never fired in '{self.name}': expected a run inside the block that reaches the chosen "
+                "positions; run or generate inside it"
+            )
+
+    @contextlib.contextmanager
+    def _following(self) -> Iterator[None]:
+        """Keep track of the positions that each forward pass runs."""
+
+        def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            mask, given = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            if ids is None:
+                self._place.positions = None
+            elif mask is not None and mask.ndim == 2:
+                self._place.positions = (mask.cumsum(-1) - 1)[:, -ids.shape[1] :]
+            elif given is not None:
+                self._place.positions = given.expand(len(ids), -1)
+            else:
+                self._place.positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+
+        handle = self.bridge.original_model.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        template: str = "raw",
+        max_new_tokens: int = 60,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """What the model answers or goes on with, without the prompt.
+
+        Args:
+            prompt: a text.
+            template: raw, or chat: the text is the user's turn in the model's own chat template.
+            max_new_tokens: at most so many.
+            temperature: 0 takes the likeliest token each time.
+            seed: of the draws.
+        """
+        return self.generate_batch(
+            [prompt], template=template, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        template: str = "raw",
+        max_new_tokens: int = 60,
+        temperature: float = 0.0,
+        seed: int = 0,
+        cache: bool = True,
+    ) -> list[str]:
+        """As `generate`, for several texts at once.
+
+        Raises:
+            InputError: no chat template, an unknown one, or a prompt that leaves no room.
+        """
+        if template not in ("raw", "chat"):
+            raise InputError(f"unknown template '{template}': expected raw or chat; choose one")
+        style: Style = "chat" if template == "chat" else "raw"
+        rows = [prompt.ids for prompt in render_messages(self.tokenizer, prompts, style)]
+        longest = max(map(len, rows))
+        if longest + max_new_tokens > self.n_ctx:
+            raise InputError(
+                f"{longest} tokens of prompt and {max_new_tokens} new ones were asked of '{self.name}', expected at most "
+                f"{self.n_ctx} in all; shorten either"
+            )
+        batch = pad_tokens(rows, self.device, left=True)
+        stop = self.tokenizer.eos_token_id
+        options: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            options["temperature"] = temperature
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            ids = self.bridge.original_model.generate(
+                batch.ids,
+                attention_mask=batch.mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=stop if stop is not None else 0,
+                use_cache=cache,
+                **options,
+            )
+        return list(self.tokenizer.batch_decode(ids[:, batch.ids.shape[1] :], skip_special_tokens=True))
 
     def head(self, states: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_vocab"]:
         """Logits of single states after the last block: final norm and unembedding."""
@@ -301,6 +483,11 @@ class Model:
 
     def _check_sites(self, sites: Sequence[Site], first: int, last: int) -> None:
         for site in sites:
+            if site.head is not None and site.head >= self.n_heads:
+                raise InputError(
+                    f"{site} does not exist in '{self.name}': a block has {self.n_heads} heads, expected 0 to {self.n_heads - 1}; "
+                    "choose one of these"
+                )
             if not first <= site.layer <= last:
                 raise InputError(
                     f"{site} is outside the layers this run covers ({first} to {last} of {self.n_layers} blocks in "
@@ -339,8 +526,8 @@ class Model:
                     (f"blocks.{site.layer}.hook_attn_out", _edit_mid(site, write[site], before, fired))
                 )
             else:
-                hooks.append((site.hook_name, _edit(site, write[site], fired)))
-        hooks += [(site.hook_name, _read(site, acts, pool)) for site in read]
+                hooks.append((site.hook_name, _edit(site, write[site], fired, self.d_head)))
+        hooks += [(site.hook_name, _read(site, acts, pool, self.d_head)) for site in read]
         with self.bridge.hooks(fwd_hooks=hooks):
             yield
         silent = [site for site in write if site not in fired]
@@ -351,12 +538,45 @@ class Model:
             )
 
 
-def _edit(site: Site, edit: Edit, fired: set[Site]) -> Callable[..., Tensor]:
+def _edit(site: Site, edit: Edit, fired: set[Site], d_head: int) -> Callable[..., Tensor]:
     def hook(tensor: Tensor, hook: Any) -> Tensor:
         fired.add(site)
-        return edit(tensor.clone())
+        if site.component != HEADS:
+            return edit(tensor.clone())
+        # Some bridges give z as [batch pos head d_head], others with the heads already side by side.
+        flat = tensor.reshape(*tensor.shape[:2], -1).clone()
+        if site.head is None:
+            return edit(flat).view(tensor.shape)
+        mine = slice(site.head * d_head, (site.head + 1) * d_head)
+        flat[..., mine] = edit(flat[..., mine].clone())
+        return flat.view(tensor.shape)
 
     return hook
+
+
+def _somewhere(
+    site: Site, edit: Edit, where: Callable[[Tensor], Tensor] | None, place: _Place, edited: set[Site]
+) -> Edit:
+    """The edit at the chosen positions of the running pass; notes that there were any."""
+
+    def there(acts: Tensor) -> Tensor:
+        if where is None:
+            edited.add(site)
+            return edit(acts)
+        if place.positions is None:
+            raise EmpathyProbesError(
+                f"the edit at {site} cannot tell positions in a run without token ids: expected a run, replay or generation; edit "
+                "all positions instead"
+            )
+        chosen = where(place.positions)
+        if not chosen.any():
+            return acts
+        edited.add(site)
+        # A replayed batch may hold the captured one several times over.
+        chosen = chosen.repeat(len(acts) // len(chosen), 1)
+        return torch.where(chosen[..., None], edit(acts), acts)
+
+    return there
 
 
 def _keep(kept: dict[str, Tensor]) -> Callable[..., None]:
@@ -374,8 +594,12 @@ def _edit_mid(site: Site, edit: Edit, kept: dict[str, Tensor], fired: set[Site])
     return hook
 
 
-def _read(site: Site, acts: dict[Site, Tensor], pool: Pool | None) -> Callable[..., None]:
+def _read(site: Site, acts: dict[Site, Tensor], pool: Pool | None, d_head: int) -> Callable[..., None]:
     def hook(tensor: Tensor, hook: Any) -> None:
+        if site.component == HEADS:
+            tensor = tensor.reshape(*tensor.shape[:2], -1)
+            if site.head is not None:
+                tensor = tensor[..., site.head * d_head : (site.head + 1) * d_head]
         acts[site] = pool(tensor) if pool is not None else tensor.clone()
 
     return hook

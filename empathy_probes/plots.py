@@ -5,6 +5,7 @@ decided in `drawing`. Every figure of a concept shows base and aligned, the inte
 margin, zero, chance, the lexical floor and n.
 """
 
+from collections.abc import Callable
 from functools import singledispatch
 from html import escape
 from typing import Any
@@ -33,6 +34,9 @@ from empathy_probes.drawing import (
 )  # fmt: skip
 from empathy_probes.errors import InputError
 
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {}
+"""Key of a result → its figure, from its table; attenuation, the first of them, is drawn below."""
+
 
 @singledispatch
 def plot(result: Any) -> Figure:
@@ -47,6 +51,8 @@ def plot(result: Any) -> Figure:
     if hasattr(result, "tables"):
         frame = result.tables["attenuation"]
         return overview_figure(frame, template=headline_template(frame), site=_sites(frame)[0])
+    if getattr(result, "key", "") in FIGURES:
+        return FIGURES[result.key](result.to_frame())
     if hasattr(result, "to_frame"):
         return plot(result.to_frame())
     raise InputError(

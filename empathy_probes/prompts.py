@@ -84,8 +84,21 @@ def render(tokenizer: Any, stimuli: StimulusSet, style: Style, speaker: str) -> 
 
 def render_texts(tokenizer: Any, texts: Sequence[str]) -> tuple[RenderedPrompt, ...]:
     """Plain texts, each read at its last token, as `raw` renders them."""
+    return render_messages(tokenizer, texts, "raw")
+
+
+def render_messages(tokenizer: Any, texts: Sequence[str], style: Style) -> tuple[RenderedPrompt, ...]:
+    """Texts of no concept, as they are or as the user's turn, read at the last token.
+
+    Raises:
+        InputError: a chat template is asked of a tokenizer that has none.
+    """
+    if style == "chat" and not has_chat_template(tokenizer):
+        raise InputError(
+            "template 'chat' needs a chat template, but this tokenizer has none; use template='raw'"
+        )
     items = tuple(Stimulus(f"text-{i}", f"text-{i}", (), text, 0.0) for i, text in enumerate(texts))
-    return render(tokenizer, StimulusSet("texts", items, "binary", "last"), "raw", "user")
+    return render(tokenizer, StimulusSet("texts", items, "binary", "last"), style, "user")
 
 
 def _raw(item: Stimulus, stimuli: StimulusSet) -> tuple[str, tuple[int, int] | None]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from empathy_probes.batches import TokenBatch, pad_tokens
+from empathy_probes.batches import TokenBatch, pack_tokens, pad_tokens
 from empathy_probes.coding import scenario_contrasts
 from empathy_probes.concepts import Concept
 from empathy_probes.design import Design
@@ -47,20 +47,11 @@ class Asked:
     """Per item the ids of the expressive answers, or those of the expressive continuation."""
     attenuated: tuple[tuple[int, ...], ...]
 
-    def rows(self, index: Sequence[int]) -> list[tuple[int, ...]]:
-        """Token ids to run for these items: the prompts, or twice each prompt with its two continuations."""
+    def tails(self, item: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What is run after the prompt of an item: of each continuation all but its last token."""
         if self.kind == "answers":
-            return [self.prompts[i] for i in index]
-        return [
-            (*self.prompts[i], *side)
-            for i in index
-            for side in (self.expressive[i][:-1], self.attenuated[i][:-1])
-        ]
-
-    @property
-    def copies(self) -> int:
-        """Rows run per item."""
-        return 1 if self.kind == "answers" else 2
+            return (), ()
+        return self.expressive[item][:-1], self.attenuated[item][:-1]
 
 
 def ask(tokenizer: Any, stimuli: StimulusSet, prompts: Sequence[RenderedPrompt], style: Style) -> Asked:
@@ -145,6 +136,7 @@ class AskedBatch:
     index: tuple[int, ...]
     """Items."""
     copies: int
+    """Rows of `tokens` per item: 1, or 2 where each continuation needs a row of its own."""
     tokens: TokenBatch
     rows: Int[Tensor, " place"]
     """Row of each place that is looked up."""
@@ -159,8 +151,19 @@ class AskedBatch:
     """Log-probabilities over the whole vocabulary are needed."""
 
 
-def batch_asked(asked: Asked, index: Sequence[int], device: str | torch.device = "cpu") -> AskedBatch:
-    """Pad some items into one batch."""
+def batch_asked(asked: Asked, index: Sequence[int], *models: Model) -> AskedBatch:
+    """Pad some items into one batch for these models.
+
+    Two continuations share a row, and with it the computation of their prompt, where every model can (`Model.pack_refusal`).
+    """
+    device = models[0].device
+    two_rows = asked.kind != "answers" and any(model.pack_refusal for model in models)
+    if asked.kind == "answers":
+        tokens = pad_tokens([asked.prompts[i] for i in index], device)
+    elif two_rows:
+        tokens = pad_tokens([(*asked.prompts[i], *tail) for i in index for tail in asked.tails(i)], device)
+    else:
+        tokens = pack_tokens([(asked.prompts[i], *asked.tails(i)) for i in index], device)
     places: list[tuple[int, int, list[int], list[float], int]] = []
     for k, i in enumerate(index):
         end = len(asked.prompts[i]) - 1
@@ -171,7 +174,13 @@ def batch_asked(asked: Asked, index: Sequence[int], device: str | torch.device =
             )
         else:
             for copy, (side, sign) in enumerate(((asked.expressive[i], 1.0), (asked.attenuated[i], -1.0))):
-                places += [(2 * k + copy, end + j, [t], [sign / len(side)], k) for j, t in enumerate(side)]
+                row = 2 * k + copy if two_rows else k
+                # In a shared row the second continuation stands behind the first.
+                shift = 0 if two_rows or copy == 0 else len(asked.expressive[i]) - 1
+                places += [
+                    (row, end + j + (shift if j else 0), [t], [sign / len(side)], k)
+                    for j, t in enumerate(side)
+                ]
     width = max(len(place[2]) for place in places)
     pad = [(r, p, t + [0] * (width - len(t)), w + [0.0] * (width - len(w)), o) for r, p, t, w, o in places]
     rows, positions, targets_, weights, owner = (list(column) for column in zip(*pad, strict=True))
@@ -180,7 +189,7 @@ def batch_asked(asked: Asked, index: Sequence[int], device: str | torch.device =
         return torch.tensor(values, device=device)
 
     return AskedBatch(
-        index=tuple(index), copies=asked.copies, tokens=pad_tokens(asked.rows(index), device), rows=tensor(rows),
+        index=tuple(index), copies=2 if two_rows else 1, tokens=tokens, rows=tensor(rows),
         positions=tensor(positions), targets=tensor(targets_), weight=tensor(weights), owner=tensor(owner),
         normalised=asked.kind != "answers",
     )  # fmt: skip
@@ -210,11 +219,11 @@ def look_up(
 
 def asked_batches(asked: Asked, budget: int = TOKEN_BUDGET) -> list[tuple[int, ...]]:
     """Items in batches of at most `budget` padded tokens, longest first."""
-    length = [max(map(len, asked.rows([i]))) for i in range(len(asked.items))]
+    length = [len(asked.prompts[i]) + sum(map(len, asked.tails(i))) for i in range(len(asked.items))]
     order = sorted(range(len(length)), key=lambda i: (-length[i], i))
     batches: list[list[int]] = []
     for i in order:
-        if batches and length[batches[-1][0]] * asked.copies * (len(batches[-1]) + 1) <= budget:
+        if batches and length[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -234,7 +243,7 @@ def read_out(
     values = np.zeros(len(asked.items))
     last = Site(model.n_layers - 1)
     for index in asked_batches(asked):
-        batch = batch_asked(asked, index, model.device)
+        batch = batch_asked(asked, index, model)
         with torch.inference_mode():
             edits = write(batch) if write else None
             run = model.run(batch.tokens, read=[last], write=edits, last_layer=last.layer)

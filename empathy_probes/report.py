@@ -130,16 +130,17 @@ def write_report(study: Tables, path: str | Path = "report.html") -> Path:
     return path
 
 
-def finding_html(finding: Any) -> str:
-    """What a notebook shows of a result: its first figure as an image and its strength rows as a table.
+def result_html(result: Any) -> str:
+    """What a notebook shows of a result: its figure as an image and its rows as a table.
 
     Args:
-        finding: a result with `to_frame()`.
+        result: anything with `key` and `to_frame()`.
     """
-    frame = finding.to_frame()
-    rows = frame[(frame["measure"] == "strength") & (frame["role"] == "target")]
-    image = image_uri(svg(plots.plot(finding)))
-    return str(_parts().notebook(image, tables.table_rows(rows), tables.table_head(rows)))
+    frame = result.to_frame()
+    if result.key == "attenuation":
+        frame = frame[(frame["measure"] == "strength") & (frame["role"] == "target")]
+    image = image_uri(svg(plots.plot(result)))
+    return str(_parts().notebook(image, tables.table_rows(frame), tables.table_head(frame), result.key))
 
 
 # ---- sections, one entry per table ------------------------------------------------------------------------

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from empathy_probes.errors import InputError
 
 COMPONENTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+"""Places of width d_model, where concepts are measured."""
+HEADS = "z"
+"""What the attention heads gathered, side by side, before the output projection: `[batch pos d_attn]`."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Site:
     """One component of one block.
 
@@ -23,17 +26,26 @@ class Site:
     'blocks.3.hook_attn_out'
     >>> Site(-1).hook_name
     'blocks.0.hook_resid_pre'
+    >>> Site(3, "z", head=1)
+    Site(layer=3, component='z', head=1)
     """
 
     layer: int
     """0-based block; −1 is the input of block 0 and exists for `resid_post` only."""
     component: str = "resid_post"
-    """One of `COMPONENTS`."""
+    """One of `COMPONENTS`, or `z`."""
+    head: int | None = None
+    """0-based attention head, of `z` only: its `[batch pos d_head]`; None for all heads."""
 
     def __post_init__(self) -> None:
-        if self.component not in COMPONENTS:
+        if self.component not in (*COMPONENTS, HEADS):
             raise InputError(
-                f"unknown site '{self.component}': expected one of {', '.join(COMPONENTS)}; name one of these"
+                f"unknown site '{self.component}': expected one of {', '.join((*COMPONENTS, HEADS))}; name one of these"
+            )
+        if self.head is not None and (self.component != HEADS or self.head < 0):
+            raise InputError(
+                f"head {self.head} of site '{self.component}' does not exist: heads are counted from 0 and only `{HEADS}` has them; "
+                "leave the head out"
             )
         if self.layer < -1 or (self.layer == -1 and self.component != "resid_post"):
             raise InputError(
@@ -46,10 +58,13 @@ class Site:
         """The TransformerLens hook name."""
         if self.layer == -1:
             return "blocks.0.hook_resid_pre"
+        if self.component == HEADS:
+            return f"blocks.{self.layer}.attn.hook_z"
         return f"blocks.{self.layer}.hook_{self.component}"
 
     def __repr__(self) -> str:
-        return f"Site(layer={self.layer}, component={self.component!r})"
+        head = "" if self.head is None else f", head={self.head}"
+        return f"Site(layer={self.layer}, component={self.component!r}{head})"
 
 
 def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:

@@ -295,13 +295,15 @@ def hybrid_readouts(
     """Readout of every item from every hybrid: none, −1, 0 … n_layers − 1, all."""
     n = second.n_layers
     values = np.zeros((n + 3, len(asked.items)))
-    longest = max(len(row) for row in asked.prompts)
+    longest = max(map(len, asked.prompts)) + max(
+        sum(map(len, asked.tails(i))) for i in range(len(asked.items))
+    )
     # All states of the first model are held at once.
     budget = max(longest, min(4096, STATE_BYTES // (4 * (n + 1) * second.d_model)))
     last = Site(n - 1)
     with tqdm(total=len(asked.items), unit="text", desc=label, leave=False, disable=None) as bar:
         for index in asked_batches(asked, budget):
-            batch = batch_asked(asked, index, second.device)
+            batch = batch_asked(asked, index, first, second)
             with torch.inference_mode():
                 ours = first.run(batch.tokens, read=[Site(layer) for layer in range(-1, n)], last_layer=n - 1)
                 own = second.run(

@@ -12,8 +12,8 @@ import transformers
 from conftest import CHAT, MAKERS, tiny_llama, word_tokenizer
 from safetensors.torch import load_file, save_file
 
-from empathy_probes.batches import Pool, pad_tokens
-from empathy_probes.errors import InputError
+from empathy_probes.batches import Pool, pack_tokens, pad_tokens
+from empathy_probes.errors import EmpathyProbesError, InputError
 from empathy_probes.interventions import (
     add_vector,
     at_positions,
@@ -398,3 +398,141 @@ def test_an_adapter_makes_the_aligned_side(tmp_path: Path) -> None:
     assert load_pair(str(tmp_path / "base"), adapter=tmp_path / "lora", device="cpu").aligned.template_digest
     with pytest.raises(InputError, match="no adapter folder"):
         load_pair(str(tmp_path / "base"), adapter=tmp_path / "base", device="cpu")
+
+
+# ---------------------------------------------------------------- heads, packed rows, edits that stay, generation
+
+
+def test_one_head_is_its_slice_of_all_heads_and_what_is_written_there_stays_there(model: Model) -> None:
+    whole, one = Site(1, "z"), Site(1, "z", head=2)
+    run = model.run(TEXTS, read=[whole, one])
+    mine = slice(2 * model.d_head, 3 * model.d_head)
+    assert torch.equal(run.acts[one], run.acts[whole][..., mine])
+    edited = model.run(TEXTS, read=[whole], write={one: lambda z: z * 0}).acts[whole]
+    expected = run.acts[whole].clone()
+    expected[..., mine] = 0
+    assert torch.equal(edited, expected)
+    with pytest.raises(InputError, match="a block has 4 heads"):
+        model.run(TEXTS, read=[Site(1, "z", head=4)])
+    with pytest.raises(InputError, match="only `z` has them"):
+        Site(1, "attn_out", head=0)
+
+
+def test_two_continuations_in_one_row_are_what_each_is_alone(model: Model) -> None:
+    packed = [([1, 7, 8, 9, 10], [11, 12, 13], [14]), ([1, 20], [], [21, 22]), ([1, 30, 31], [], [])]
+    assert model.pack_refusal is None
+    got = model.run(pack_tokens(packed), read=[Site(1)], capture=True)
+    again = model.replay(got, got.acts[Site(1)], 1)
+    for i, (prompt, first, second) in enumerate(packed):
+        start = len(prompt) + len(first)
+        behind = [*range(len(prompt)), *range(start, start + len(second))]
+        for tail, places in ((first, list(range(start))), (second, behind)):
+            alone = model.run(pad_tokens([[*prompt, *tail]])).logits
+            torch.testing.assert_close(got.logits[i, places], alone[0], **CLOSE)
+            torch.testing.assert_close(again.logits[i, places], alone[0], **CLOSE)
+
+
+def test_a_model_that_cannot_pack_says_why() -> None:
+    narrow = transformers.MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    loaded = load_model((transformers.MistralForCausalLM(narrow), word_tokenizer()), device="cpu")
+    assert "window of 8 tokens" in str(loaded.pack_refusal)
+
+
+def test_edits_that_stay_equal_edits_of_one_run_may_be_nested_and_leave_nothing(model: Model) -> None:
+    before, vector = hooks_left(model), torch.ones(model.d_model)
+    plain = model.run(TEXTS).logits
+    with model.editing({Site(1): add_vector(vector, 3.0)}):
+        with model.editing({Site(2, "resid_mid"): add_vector(vector, -2.0)}):
+            nested = model.run(TEXTS).logits
+        outer = model.run(TEXTS).logits
+    both = {Site(1): add_vector(vector, 3.0), Site(2, "resid_mid"): add_vector(vector, -2.0)}
+    assert torch.equal(nested, model.run(TEXTS, write=both).logits)
+    assert torch.equal(outer, model.run(TEXTS, write={Site(1): add_vector(vector, 3.0)}).logits)
+    with pytest.raises(RuntimeError, match="mine"), model.editing({Site(1): add_vector(vector, 3.0)}):
+        raise RuntimeError("mine")
+    assert hooks_left(model) == before
+    assert torch.equal(model.run(TEXTS).logits, plain)
+
+
+def test_an_edit_that_stayed_but_never_fired_is_an_error(llama: Model) -> None:
+    edits = {Site(1): add_vector(torch.ones(llama.d_model), 1.0)}
+    with pytest.raises(EmpathyProbesError, match="never fired"), llama.editing(edits):
+        pass
+    with (
+        pytest.raises(EmpathyProbesError, match="reaches the chosen"),
+        llama.editing(edits, where=lambda positions: positions > 40),
+    ):
+        llama.run(TEXTS)
+    with (
+        pytest.raises(InputError, match="outside the layers"),
+        llama.editing({Site(7): add_vector(torch.ones(llama.d_model), 1.0)}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_edits_of_chosen_positions_count_from_each_rows_first_token(model: Model, left: bool) -> None:
+    batch = pad_tokens([prompt.ids for prompt in render_texts(model.tokenizer, TEXTS)], left=left)
+    edits = {Site(1): add_vector(torch.ones(model.d_model), 3.0)}
+    with model.editing(edits, where=lambda positions: positions == 2):
+        got = model.run(batch, read=[Site(1)]).acts[Site(1)]
+        captured = model.run(batch, read=[Site(0)], capture=True)
+        again = model.replay(captured, captured.acts[Site(0)].repeat(2, 1, 1), 0, read=[Site(1)]).acts[
+            Site(1)
+        ]
+    plain = model.run(batch, read=[Site(1)]).acts[Site(1)]
+    moved = (got - plain).abs().sum(-1) > 1e-3
+    expected = torch.zeros_like(moved)
+    expected[torch.arange(len(TEXTS)), batch.start + 2] = True
+    assert torch.equal(moved & batch.mask.bool(), expected & batch.mask.bool())
+    torch.testing.assert_close(again, got.repeat(2, 1, 1), **CLOSE)
+
+
+def continued_by_hand(model: Model, prompt: str, vector: torch.Tensor, first: int) -> str:
+    """Greedy continuation by plain transformers: a hook of one's own, one text at a time, no cache, no padding."""
+    shape = "gpt2" if "GPT2" in model.architecture else "llama"
+    reference = MAKERS[shape]()
+
+    def add(_module: Any, _args: Any, out: Any) -> Any:
+        state = (out[0] if isinstance(out, tuple) else out).clone()
+        state[:, first:] += vector
+        return (state, *out[1:]) if isinstance(out, tuple) else state
+
+    block = (reference.transformer.h if shape == "gpt2" else reference.model.layers)[1]
+    block.register_forward_hook(add)
+    ids = start = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    for _ in range(6):
+        with torch.inference_mode():
+            ids = torch.cat([ids, reference(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        if ids[0, -1] == model.tokenizer.eos_token_id:
+            break
+    return model.tokenizer.decode(ids[0, start.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_generation_under_an_edit_equals_transformers_with_a_hook_of_ones_own(
+    model: Model, first: int
+) -> None:
+    prompts = ["the old man saw a", "a red dog"]
+    vector = torch.linspace(-2, 2, model.d_model)
+    expected = [continued_by_hand(model, prompt, vector, first) for prompt in prompts]
+    with model.editing({Site(1): add_vector(vector, 1.0)}, where=lambda positions: positions >= first):
+        for cache in (True, False):
+            assert model.generate_batch(prompts, max_new_tokens=6, cache=cache) == expected
+        assert [model.generate(prompt, max_new_tokens=6) for prompt in prompts] == expected
+    assert model.generate_batch(prompts, max_new_tokens=6) != expected
+
+
+def test_sampling_follows_the_seed_and_leaves_the_global_stream_alone(llama: Model) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    drawn = [llama.generate("the man", temperature=2.0, seed=seed, max_new_tokens=8) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.rand(3), expected)
+    for wrong in ({"template": "chat"}, {"template": "x"}, {"max_new_tokens": 100}):
+        with pytest.raises(InputError):
+            llama.generate("the man", **wrong)

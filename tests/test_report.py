@@ -547,7 +547,7 @@ def test_plot_takes_a_study_a_result_and_a_frame_and_refuses_the_rest() -> None:
 
 def test_a_result_shows_itself_in_a_notebook() -> None:
     frame = make_study().tables["attenuation"]
-    text = report.finding_html(type("Result", (), {"to_frame": lambda self: frame})())
+    text = report.result_html(type("Result", (), {"key": "attenuation", "to_frame": lambda self: frame})())
     assert text.count("<img") == 1 and "valence" in text and "<script" not in text
 
 
