@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from empathy_probes.design import Design, Settings, describe_design, design_stud
 from empathy_probes.pairs import ModelPair
 from empathy_probes.readouts import ask_design, read_out, readable, scenario_coupling
 from empathy_probes.stats import Curve, critical_t, fieller_ratio, mean_interval
-from empathy_probes.store import save_record
+from empathy_probes.store import Store, digest_of, open_store, save_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,10 +74,11 @@ class CoupledConcept:
 
     @cached_property
     def attenuation(self) -> Curve:
-        """1 − aligned/base with Fieller's interval; blank where the base's coupling is not detected."""
+        """1 − aligned/base with Fieller's interval, one entry; blank where the base's coupling is not detected."""
         n = len(self.units)
-        base, aligned = self.coupling.mean(1)
-        ratio = fieller_ratio(base, aligned, np.cov(self.coupling) / n, critical_t(n - 1))
+        base, aligned = self.coupling.mean(1, keepdims=True)
+        covariance = np.cov(self.coupling)[..., None] / n
+        ratio = fieller_ratio(base, aligned, covariance, critical_t(n - 1))
         ends = (1 - ratio.value, 1 - ratio.upper, 1 - ratio.lower)
         zero = self.same_model and not np.isnan(ratio.value)
         return Curve(*(np.where(zero, 0.0, x) for x in ends))
@@ -140,7 +141,7 @@ class Coupling:
                 "concept": c.concept, "role": c.role, "template": c.template, "n_scenarios": len(c.units),
             }  # fmt: skip
             parts: dict[str, tuple[float, float, float]] = {"base": _part(c.means, 0), "aligned": _part(c.means, 1), "difference": _part(c.difference),
-                     "attenuation": _part(c.attenuation)}  # fmt: skip
+                     "attenuation": _part(c.attenuation, 0)}  # fmt: skip
             if c.role == "target" and not _reversed(c):
                 parts["specific"] = _part(j.specific, 0)
             for name, values in parts.items():
@@ -187,6 +188,7 @@ def measure_coupling(
     margin: float = 0.10,
     draws: int = 1000,
     seed: int = 0,
+    store: str | None = None,
 ) -> Coupling:
     """How far each concept moves the answer, in both models, in nats.
 
@@ -198,32 +200,33 @@ def measure_coupling(
         margin: δ of section 3 of the method.
         draws: multiplier draws behind every band.
         seed: of the draws.
+        store: where readouts are kept; the default one if None.
 
     Raises:
         InputError: no concept has a readout, or an answer cannot be asked.
     """
     targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
     design = design_study(pair, targets, controls, template=template)
-    return couple(design, Settings(margin=margin, draws=draws, seed=seed))
+    return couple(design, Settings(margin=margin, draws=draws, seed=seed), open_store(store))
 
 
-def couple(design: Design, settings: Settings) -> Coupling:
-    """Measure the coupling of a design's concepts."""
+def couple(design: Design, settings: Settings, store: Store) -> Coupling:
+    """Measure the coupling of a design's concepts; readouts that are in the store are not computed again."""
     found = []
     for template in design.templates:
         for concept in readable(design):
-            readouts = np.stack(
-                [
-                    read_out(model, ask_design(design, concept, template, side))
-                    for side, model in enumerate(design.pair.models)
-                ]
-            )
+            readouts = []
+            for side, model in enumerate(design.pair.models):
+                asked = ask_design(design, concept, template, side)
+                key = digest_of(["readouts", model.fingerprint, asked.digest])
+                readouts.append(store.remember(key, partial(read_out, model, asked)))
             stimuli = concept.stimuli
-            coupling = scenario_coupling(readouts.T, stimuli).T
+            values = np.stack(readouts)
+            coupling = scenario_coupling(values.T, stimuli).T
             found.append(
                 CoupledConcept(
                     concept.name, concept.role, template, stimuli.units, np.ascontiguousarray(coupling),
-                    tuple(item.id for item in stimuli.items), readouts, design.pair.identical,
+                    tuple(item.id for item in stimuli.items), values, design.pair.identical,
                 )
             )  # fmt: skip
     skipped = tuple(c.name for c in design.concepts if c not in readable(design))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from empathy_probes.models import Model
 from empathy_probes.prompts import RenderedPrompt, Style
 from empathy_probes.sites import Site
 from empathy_probes.stimuli import ReadoutSpec, StimulusSet
+from empathy_probes.store import digest_of
 
 TOKEN_BUDGET = 4096
 
@@ -46,6 +48,15 @@ class Asked:
     expressive: tuple[tuple[int, ...], ...]
     """Per item the ids of the expressive answers, or those of the expressive continuation."""
     attenuated: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that decides a readout but the model."""
+        return digest_of([self.kind, self.prompts, self.expressive, self.attenuated])
+
+    def length(self, item: int) -> int:
+        """Tokens that are run for an item."""
+        return len(self.prompts[item]) + sum(map(len, self.tails(item)))
 
     def tails(self, item: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What is run after the prompt of an item: of each continuation all but its last token."""
@@ -219,15 +230,7 @@ def look_up(
 
 def asked_batches(asked: Asked, budget: int = TOKEN_BUDGET) -> list[tuple[int, ...]]:
     """Items in batches of at most `budget` padded tokens, longest first."""
-    length = [len(asked.prompts[i]) + sum(map(len, asked.tails(i))) for i in range(len(asked.items))]
-    order = sorted(range(len(length)), key=lambda i: (-length[i], i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and length[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return [tuple(batch) for batch in batches]
+    return token_batches([range(asked.length(i)) for i in range(len(asked.items))], budget)
 
 
 def read_out(
@@ -264,26 +267,37 @@ def scenario_coupling(
     return scenario_contrasts(flat, stimuli)[0, :, 0].reshape(-1, *values.shape[1:])
 
 
-def neutral_losses(
-    model: Model, rows: Sequence[Sequence[int]], final: Callable[[TokenBatch], Tensor] | None = None
-) -> Float[np.ndarray, " text"]:
-    """Mean next-token loss of each text in nats; their mean's exponential is the perplexity.
+def token_batches(rows: Sequence[Sequence[int]], budget: int = TOKEN_BUDGET) -> list[tuple[int, ...]]:
+    """Indices of rows in batches of at most `budget` padded tokens, longest first."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and len(rows[batches[-1][0]]) * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return [tuple(batch) for batch in batches]
 
-    `final` makes the state after the last block out of a batch; the model's own by default.
-    """
+
+def token_losses(
+    model: Model, batch: TokenBatch, final: Float[Tensor, "row pos d_model"]
+) -> Float[np.ndarray, " row"]:
+    """Mean next-token loss of each row in nats, from the state after the last block by this model's norm and head."""
+    logits = model.head(final[:, :-1].flatten(0, 1)).float()
+    loss = torch.nn.functional.cross_entropy(logits, batch.ids[:, 1:].flatten(), reduction="none")
+    loss = loss.view(len(batch.ids), -1) * batch.mask[:, 1:]
+    return (loss.sum(1) / batch.mask[:, 1:].sum(1)).double().cpu().numpy()
+
+
+def neutral_losses(model: Model, rows: Sequence[Sequence[int]]) -> Float[np.ndarray, " text"]:
+    """Mean next-token loss of each text in nats; their mean's exponential is the perplexity."""
     losses = np.zeros(len(rows))
     last = Site(model.n_layers - 1)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    step = max(1, TOKEN_BUDGET // max(len(row) for row in rows))
-    for start in range(0, len(order), step):
-        index = order[start : start + step]
+    for index in token_batches(rows):
         batch = pad_tokens([rows[i] for i in index], model.device)
         with torch.inference_mode():
-            state = final(batch) if final else model.run(batch, read=[last], last_layer=last.layer).acts[last]
-            logits = model.head(state[:, :-1].flatten(0, 1)).float()
-            loss = torch.nn.functional.cross_entropy(logits, batch.ids[:, 1:].flatten(), reduction="none")
-            loss = loss.view(len(index), -1) * batch.mask[:, 1:]
-            losses[index] = (loss.sum(1) / batch.mask[:, 1:].sum(1)).cpu().numpy()
+            state = model.run(batch, read=[last], last_layer=last.layer).acts[last]
+            losses[list(index)] = token_losses(model, batch, state)
     return losses
 
 

@@ -10,8 +10,9 @@ on neutral texts says nothing, and its block's share is merged with the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +32,20 @@ from empathy_probes.models import Model
 from empathy_probes.pairs import ModelPair
 from empathy_probes.prompts import render_texts
 from empathy_probes.readouts import (
+    TOKEN_BUDGET,
     Asked,
     ask_design,
     asked_batches,
     batch_asked,
     look_up,
-    neutral_losses,
     readable,
     scenario_coupling,
+    token_batches,
+    token_losses,
 )
 from empathy_probes.sites import Site
 from empathy_probes.stats import Curve, largest_quantile, mean_interval, unit_signs
-from empathy_probes.store import save_record
+from empathy_probes.store import Store, digest_of, open_store, save_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,8 +59,10 @@ STITCHING_COLUMNS = [
 # any more: what it answers is an artefact of the cut.
 INSANE = np.log(2)
 NEUTRAL_TEXTS = 100
-# The map is inserted where it misses this share of what the states as they are miss, or less.
-MAP_GAIN = 0.5
+# Two models hold things in different bases where their neutral states, each in units of its rms, share less than half of their
+# variance, or differ in size by more than this factor. What alignment merely weakened stays below both, and is not mapped
+# away: a map between such states would put back, or take out, what the cut is there to show.
+MAP_MISSED, MAP_SIZE = 0.5, 1.5
 MAP_TOKENS = 4000
 STATE_BYTES = 1 << 28
 Crossing = Callable[[Float[Tensor, "row pos d_model"], Float[Tensor, "row pos d_model"]], Tensor]
@@ -206,6 +211,7 @@ def stitch(
     draws: int = 1000,
     seed: int = 0,
     neutral: Sequence[str] | None = None,
+    store: str | None = None,
 ) -> Stitching:
     """Where the aligned model's coupling departs from the base's, block by block and in both orders.
 
@@ -217,17 +223,20 @@ def stitch(
         draws: multiplier draws behind every band.
         seed: of the draws.
         neutral: texts for perplexity and the map; the shipped ones by default.
+        store: where readouts are kept; the default one if None.
 
     Raises:
         InputError: no concept has a readout, or a model cannot be continued from a state.
     """
     targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
     design = design_study(pair, targets, controls, template=template, neutral=neutral)
-    return stitch_design(design, Settings(draws=draws, seed=seed), neutral)
+    return stitch_design(design, Settings(draws=draws, seed=seed), open_store(store), neutral)
 
 
-def stitch_design(design: Design, settings: Settings, neutral: Sequence[str] | None = None) -> Stitching:
-    """Stitch a design's concepts."""
+def stitch_design(
+    design: Design, settings: Settings, store: Store, neutral: Sequence[str] | None = None
+) -> Stitching:
+    """Stitch a design's concepts; what is in the store is not computed again."""
     pair = design.pair
     check_replay(pair)
     if "own" in design.templates:
@@ -237,30 +246,15 @@ def stitch_design(design: Design, settings: Settings, neutral: Sequence[str] | N
     texts = (load_neutral() if neutral is None else tuple(neutral))[:NEUTRAL_TEXTS]
     tokens = [prompt.ids for prompt in render_texts(pair.base.tokenizer, texts) if len(prompt.ids) > 1]
     crossings, mapped = _crossings(pair, tokens)
-    found, losses = [], []
-    n_rows = pair.base.n_layers + 3
     # The neutral texts are raw, so that one table of perplexities serves every template.
-    loss = np.stack(
-        [
-            [
-                neutral_losses(second, tokens, _final(first, second, crossings[order], row)).mean()
-                for row in range(n_rows - 1)
-            ]
-            + [neutral_losses(first, tokens).mean()]
-            for order, (first, second) in enumerate(_orders(pair))
-        ]
-    )
+    loss = store.remember(_key(pair, "neutral", tokens), partial(hybrid_losses, pair, tokens, crossings))
+    found = []
     for template in design.templates:
-        losses.append(loss)
         for concept in readable(design):
             asked = ask_design(design, concept, template, 1)
             label = f"stitching · {template} · {concept.name}"
-            values = np.stack(
-                [
-                    hybrid_readouts(first, second, asked, crossings[order], f"{label} · {ORDERS[order]}")
-                    for order, (first, second) in enumerate(_orders(pair))
-                ]
-            )
+            key = _key(pair, asked.digest, tokens)
+            values = store.remember(key, partial(hybrid_readouts, pair, asked, crossings, label))
             coupling = scenario_coupling(np.moveaxis(values, -1, 0), concept.stimuli)
             found.append(
                 StitchedConcept(
@@ -268,10 +262,18 @@ def stitch_design(design: Design, settings: Settings, neutral: Sequence[str] | N
                     np.ascontiguousarray(np.moveaxis(coupling, 0, -1)),
                 )
             )  # fmt: skip
+    templates = len(design.templates)
     return Stitching(
-        tuple(found), pair.base.n_layers, np.stack(losses), np.stack([mapped] * len(design.templates)), settings,
+        tuple(found), pair.base.n_layers, np.stack([loss] * templates), np.stack([mapped] * templates), settings,
         describe_design(design),
     )  # fmt: skip
+
+
+def _key(pair: ModelPair, asked: str, tokens: Sequence[Sequence[int]]) -> str:
+    """Of a stored computation: the models, what is asked, and the neutral tokens the map is fitted on."""
+    return digest_of(
+        ["stitching", pair.base.fingerprint, pair.aligned.fingerprint, asked, [list(row) for row in tokens]]
+    )
 
 
 def check_replay(pair: ModelPair) -> None:
@@ -284,63 +286,61 @@ def check_replay(pair: ModelPair) -> None:
             )
 
 
-def _orders(pair: ModelPair) -> tuple[tuple[Model, Model], tuple[Model, Model]]:
-    """First and second model of each order."""
-    return (pair.aligned, pair.base), (pair.base, pair.aligned)
+def _hybrids(
+    pair: ModelPair, tokens: TokenBatch, crossings: Sequence[Sequence[Crossing]]
+) -> Iterator[tuple[int, int, Model, Float[Tensor, "row pos d_model"]]]:
+    """(order, row, the model whose head finishes, the state after the last block) of every hybrid.
+
+    Rows are none, −1, 0 … n_layers − 1, all. Each model runs once; every hybrid is a replay of the blocks beyond its cut.
+    """
+    n = pair.base.n_layers
+    sites = [Site(layer) for layer in range(-1, n)]
+    runs = [model.run(tokens, read=sites, last_layer=n - 1, capture=True) for model in pair.models]
+    for order, (a, b) in enumerate(((1, 0), (0, 1))):
+        first, second = pair.models[a], pair.models[b]
+        yield order, 0, second, runs[b].acts[sites[-1]]
+        for row, site in enumerate(sites):
+            state = crossings[order][row](runs[a].acts[site], runs[b].acts[site])
+            if site.layer < n - 1:
+                state = second.replay(runs[b], state, site.layer, read=[sites[-1]], last_layer=n - 1).acts[
+                    sites[-1]
+                ]
+            yield order, row + 1, second, state
+        yield order, n + 2, first, runs[a].acts[sites[-1]]
+
+
+def _budget(model: Model, longest: int) -> int:
+    """Padded tokens of a batch: all states of both models are held at once."""
+    return max(longest, min(TOKEN_BUDGET, STATE_BYTES // (8 * (model.n_layers + 1) * model.d_model)))
 
 
 def hybrid_readouts(
-    first: Model, second: Model, asked: Asked, crossings: Sequence[Crossing], label: str = ""
-) -> Float[np.ndarray, "row item"]:
-    """Readout of every item from every hybrid: none, −1, 0 … n_layers − 1, all."""
-    n = second.n_layers
-    values = np.zeros((n + 3, len(asked.items)))
-    longest = max(map(len, asked.prompts)) + max(
-        sum(map(len, asked.tails(i))) for i in range(len(asked.items))
-    )
-    # All states of the first model are held at once.
-    budget = max(longest, min(4096, STATE_BYTES // (4 * (n + 1) * second.d_model)))
-    last = Site(n - 1)
+    pair: ModelPair, asked: Asked, crossings: Sequence[Sequence[Crossing]], label: str = ""
+) -> Float[np.ndarray, "order=2 row item"]:
+    """Readout of every item from every hybrid."""
+    values = np.zeros((2, pair.base.n_layers + 3, len(asked.items)))
+    budget = _budget(pair.base, max(map(asked.length, range(len(asked.items)))))
     with tqdm(total=len(asked.items), unit="text", desc=label, leave=False, disable=None) as bar:
         for index in asked_batches(asked, budget):
-            batch = batch_asked(asked, index, first, second)
+            batch = batch_asked(asked, index, *pair.models)
             with torch.inference_mode():
-                ours = first.run(batch.tokens, read=[Site(layer) for layer in range(-1, n)], last_layer=n - 1)
-                own = second.run(
-                    batch.tokens, read=[Site(layer) for layer in range(-1, n)], last_layer=n - 1, capture=True
-                )
-                columns = [look_up(second, batch, own.acts[last])]
-                for layer in range(-1, n):
-                    state = crossings[layer + 1](ours.acts[Site(layer)], own.acts[Site(layer)])
-                    if layer < n - 1:
-                        state = second.replay(own, state, layer, read=[last], last_layer=n - 1).acts[last]
-                    columns.append(look_up(second, batch, state))
-                columns.append(look_up(first, batch, ours.acts[last]))
-            values[:, list(index)] = torch.stack(columns).cpu().numpy()
+                for order, row, model, state in _hybrids(pair, batch.tokens, crossings):
+                    values[order, row, list(index)] = look_up(model, batch, state).cpu().numpy()
             bar.update(len(index))
     return values
 
 
-def _final(
-    first: Model, second: Model, crossings: Sequence[Crossing], row: int
-) -> Callable[[TokenBatch], Tensor]:
-    """State after the last block of one hybrid that the second model's head finishes."""
-    n = second.n_layers
-    last = Site(n - 1)
-
-    def final(batch: TokenBatch) -> Tensor:
-        if row == 0:
-            return second.run(batch, read=[last], last_layer=n - 1).acts[last]
-        layer = row - 2
-        site = Site(layer)
-        ours = first.run(batch, read=[site], last_layer=max(layer, 0)).acts[site]
-        own = second.run(batch, read=[site], last_layer=n - 1, capture=True)
-        state = crossings[layer + 1](ours, own.acts[site])
-        if layer == n - 1:
-            return state
-        return second.replay(own, state, layer, read=[last], last_layer=n - 1).acts[last]
-
-    return final
+def hybrid_losses(
+    pair: ModelPair, rows: Sequence[Sequence[int]], crossings: Sequence[Sequence[Crossing]]
+) -> Float[np.ndarray, "order=2 row"]:
+    """Mean loss of every hybrid on neutral texts, in nats per token: texts count alike."""
+    losses = np.zeros((2, pair.base.n_layers + 3))
+    for index in token_batches(rows, _budget(pair.base, max(map(len, rows)))):
+        batch = pad_tokens([rows[i] for i in index], pair.base.device)
+        with torch.inference_mode():
+            for order, row, model, state in _hybrids(pair, batch, crossings):
+                losses[order, row] += token_losses(model, batch, state).sum()
+    return losses / len(rows)
 
 
 # ---------------------------------------------------------------- the map at the cut
@@ -362,12 +362,10 @@ def _crossings(
     rms = np.stack([np.sqrt((x**2).sum(-1).mean(0)) for x in states])
     units = [x / r[:, None] for x, r in zip(states, rms, strict=True)]
     fitted = fit_map(*units)
-    centred = [x - x.mean(0) for x in states]
-    total = (centred[1] ** 2).sum((0, 2))
-    missed = ((centred[0] - centred[1]) ** 2).sum((0, 2)) / np.where(total > 0, total, 1.0)
-    mapped = fitted.error < MAP_GAIN * missed
-    # What both models share to rounding needs no map, whose own error would be all there is.
-    mapped &= missed > 1e-6
+    centred = [x - x.mean(0) for x in units]
+    missed = ((centred[0] - centred[1]) ** 2).sum((0, 2)) / (centred[1] ** 2).sum((0, 2))
+    mapped = (missed > MAP_MISSED) & (fitted.error < missed / 2)
+    mapped |= abs(np.log(rms[1] / rms[0])) > np.log(MAP_SIZE)
     there, back = list(plain), list(plain)
     for i in np.flatnonzero(mapped):
         there[i] = _mapping(fitted, rms, int(i), to_base=True)
@@ -380,16 +378,17 @@ def _token_states(
 ) -> Float[np.ndarray, "token boundary d_model"]:
     """States of neutral tokens but the first of each text, whose size is out of proportion in many models."""
     sites = [Site(layer) for layer in range(-1, model.n_layers)]
-    found, count = [], 0
-    for row in tokens:
-        if count >= MAP_TOKENS:
-            break
-        batch = pad_tokens([row], model.device)
+    ends = np.cumsum([len(row) - 1 for row in tokens])
+    used = tokens[: int(np.searchsorted(ends, MAP_TOKENS)) + 1]
+    found = []
+    for index in token_batches(used, _budget(model, max(map(len, used)))):
+        batch = pad_tokens([used[i] for i in index], model.device)
+        inner = batch.mask.bool()
+        inner[:, 0] = False
         with torch.inference_mode():
             run = model.run(batch, read=sites, last_layer=model.n_layers - 1)
-        found.append(torch.stack([run.acts[site][0, 1:] for site in sites], 1).float().cpu().numpy())
-        count += len(row) - 1
-    return np.concatenate(found)[:MAP_TOKENS].astype(np.float64)
+            found.append(torch.stack([run.acts[site][inner] for site in sites], 1).double().cpu().numpy())
+    return np.concatenate(found)
 
 
 def _mapping(

@@ -14,7 +14,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,14 @@ class Store:
         """Write an entry whole or not at all, and drop the parts it was made from."""
         self._write_file(f"{key}.safetensors", arrays)
         self.drop_parts(key)
+
+    def remember(self, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The one array of an entry; computed and written where there is none."""
+        found = self.read(key)
+        if found is None:
+            found = {"values": compute()}
+            self.write(key, found)
+        return found["values"]
 
     def drop_parts(self, key: str) -> None:
         """Remove the shards of a computation that has finished."""
