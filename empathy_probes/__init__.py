@@ -24,6 +24,7 @@ _MODULES = {
     ),
     "design": ("Design", "Settings", "design_study"),
     "errors": ("EmpathyProbesError", "InputError", "NonFiniteError", "ProvenanceError", "StoreError"),
+    "expression": ("Coupling", "measure_coupling"),
     "interventions": (
         "add_vector", "at_positions", "mean_ablate", "project_out", "replace_component", "replace_with",
     ),
@@ -35,7 +36,9 @@ _MODULES = {
     "scorecard": ("Scorecard", "load_scorecard"),
     "sites": ("Site",),
     "stats": ("Estimate",),
+    "stages": ("STAGES",),
     "stimuli": ("StimulusSet", "load_stimuli", "stimuli_from_rows"),
+    "stitching": ("Stitching", "stitch"),
     "store": ("open_store",),
     "specs": ("StudySpec", "read_spec", "resolve"),
     "study": ("Study", "load_study", "run_study"),
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
         ProvenanceError,
         StoreError,
     )
+    from empathy_probes.expression import Coupling, measure_coupling
     from empathy_probes.interventions import (
         add_vector,
         at_positions,
@@ -98,7 +102,9 @@ if TYPE_CHECKING:
     from empathy_probes.scorecard import Scorecard, load_scorecard
     from empathy_probes.sites import Site
     from empathy_probes.specs import StudySpec, read_spec, resolve
+    from empathy_probes.stages import STAGES
     from empathy_probes.stats import Estimate
     from empathy_probes.stimuli import StimulusSet, load_stimuli, stimuli_from_rows
+    from empathy_probes.stitching import Stitching, stitch
     from empathy_probes.store import open_store
     from empathy_probes.study import Study, load_study, run_study

@@ -159,6 +159,8 @@ def _add_compare(commands: Any, anywhere: _Parser) -> None:
     )
     compare.add_argument("--sites", **many, help="comma-separated, such as resid_post,mlp_out")
     compare.add_argument("--layers", default="all", help="all, 0,5,11 or 2-5 (block indices)")
+    compare.add_argument("--stages", **many, help="comma-separated: encode,use,express (default encode)")
+    compare.add_argument("--readout", metavar="FILE", help="JSON: what is asked, for all or per concept")
     compare.add_argument("--margin", type=float, default=0.10, help="δ (default %(default)s)")
     compare.add_argument("--draws", type=int, default=1000, help="multiplier draws (default %(default)s)")
     compare.add_argument("--seed", type=int, default=0)
@@ -206,6 +208,7 @@ def _demo(args: argparse.Namespace) -> int:
     from empathy_probes.design import Settings, design_study
     from empathy_probes.grammar import neutral_texts
     from empathy_probes.phantoms import load_phantom, load_phantom_concepts, phantom_truth
+    from empathy_probes.stages import STAGES
     from empathy_probes.study import run_study
 
     targets, controls = load_phantom_concepts(DEMO_SCENARIOS)
@@ -213,7 +216,7 @@ def _demo(args: argparse.Namespace) -> int:
         load_phantom(DEMO_PHANTOM), targets, controls, template="raw", neutral=neutral_texts(DEMO_NEUTRAL)
     )
     study = run_study(
-        design, Settings(), args.out, name="Demo: a planted attenuation of valence", store=args.store,
+        design, Settings(), args.out, name="Demo: a planted attenuation of valence", stages=STAGES, store=args.store,
         planted=phantom_truth(DEMO_PHANTOM),
     )  # fmt: skip
     return _finish(study, args)
@@ -232,7 +235,8 @@ def _compare(args: argparse.Namespace) -> int:
     spec = StudySpec(
         base=args.base, aligned=args.aligned, adapter=args.adapter, concepts=_split(args.concepts, "--concepts"),
         stimuli=tuple(args.stimuli), controls=() if controls == ("none",) else controls or None,
-        template=args.template, sites=_split(args.sites, "--sites") or ("resid_post",), layers=args.layers, margin=args.margin,
+        template=args.template, sites=_split(args.sites, "--sites") or ("resid_post",), layers=args.layers,
+        stages=_split(args.stages, "--stages") or ("encode",), readout=args.readout, margin=args.margin,
         draws=args.draws, seed=args.seed, dtype=args.dtype, device=args.device, allow_identical=args.allow_identical,
         trust_remote_code=args.trust_remote_code, store=args.store, out=args.out,
     )  # fmt: skip
@@ -257,7 +261,7 @@ def _run_spec(spec: StudySpec, args: argparse.Namespace) -> int:
         return 0
     args.out = args.out or spec.out or default_out(spec)
     settings = Settings(margin=spec.margin, draws=spec.draws, seed=spec.seed)
-    return _finish(run_study(design, settings, args.out, store=spec.store), args)
+    return _finish(run_study(design, settings, args.out, stages=spec.stages, store=spec.store), args)
 
 
 def _plan_text(plan: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """One verdict per concept: what encode, use and express say together, and what is missing where they do not.
 
-The verdicts are section 8 of the method. A verdict other than `amplified` needs all three stages; a stage
-that was not run is `not_run`, and the row then names what would settle the question instead of guessing.
+A verdict (`verdicts`) other than `amplified` needs all three stages; a stage that was not run is `not_run`, and the row then
+names what would settle the question instead of guessing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import pandas as pd
 from empathy_probes.attenuation import Finding, Measurement
 from empathy_probes.decisions import FEWEST_CONTROLS, Judgement
 from empathy_probes.design import Settings
+from empathy_probes.expression import Coupling
+from empathy_probes.stitching import Stitching
+from empathy_probes.verdicts import NOT_RUN, Encoded, Used, reach_verdict, use_word
 
 LEDGER_COLUMNS = [
     "concept",
@@ -34,7 +37,6 @@ LEDGER_COLUMNS = [
     "missing",
     "scenarios_needed",
 ]
-NOT_RUN = "not_run"
 
 
 @dataclass(frozen=True)
@@ -86,31 +88,45 @@ def headline_template(finding: Finding) -> str:
     return "shared" if "shared" in finding.templates else finding.templates[0]
 
 
-def ledger_frame(finding: Finding) -> pd.DataFrame:
-    """The rows of `ledger.csv`, one per concept, controls last."""
+def ledger_frame(
+    finding: Finding, coupling: Coupling | None = None, stitching: Stitching | None = None, gain: Any = None
+) -> pd.DataFrame:
+    """The rows of `ledger.csv`, one per concept, controls last.
+
+    Args:
+        finding: the encode stage.
+        coupling: the express stage; None where it was not run.
+        stitching: the use stage.
+        gain: dose-response of the use stage: anything with `decision(concept, template)`.
+    """
     template, site = headline_template(finding), finding.sites[0]
     by_concept = {h.concept: h for h in headlines(finding) if (h.template, h.site) == (template, site)}
+    expressed = {c.concept: c for c in coupling.select(template)} if coupling else {}
+    stitched = {c.concept: c for c in stitching.concepts if c.template == template} if stitching else {}
     rows = []
     for m in finding.select(template, site):
         described = finding.provenance["concepts"][m.concept]
-        row: dict[str, Any] = {"concept": m.concept, "role": m.role, "use": NOT_RUN, "express": NOT_RUN}
+        row: dict[str, Any] = {"concept": m.concept, "role": m.role}
         row |= {"mechanism": described["mechanism"], "dimension": described["dimension"]}
+        used, express = None, None
+        if stitching and m.concept in stitched:
+            decided = gain.decision(m.concept, template) if gain is not None else None
+            used = Used(stitching.loss(stitched[m.concept]), decided or None)
+        if coupling and m.concept in expressed:
+            express = coupling.decision(expressed[m.concept])
+        row |= {
+            "use": use_word(used, finding.n_layers),
+            "express": NOT_RUN if express is None else express or "undecided",
+        }
         if m.role == "target":
             h = by_concept[m.concept]
-            verdict = (
-                "amplified" if h.decision == "amplified" and h.quantity == "specific" else "inconclusive"
-            )
-            row |= {"encode": h.decision or "undecided", "verdict": verdict}
+            verdict = reach_verdict(_encoded(finding, m, h), used, express, finding.n_layers)
+            row |= {"encode": h.decision or "undecided", "verdict": verdict.word}
             row |= {
                 key: getattr(h, key)
                 for key in ("onset_lower", "onset_upper", "size", "size_lower", "size_upper")
             }
-            missing = ["use", "express"] if verdict == "inconclusive" else []
-            if h.decision in ("", "inconclusive"):
-                missing.insert(
-                    0, "controls" if {"few_controls", "no_controls"} & set(h.flags) else "scenarios"
-                )
-            row |= {"missing": ";".join(missing), "scenarios_needed": h.scenarios_needed}
+            row |= {"missing": ";".join(verdict.missing), "scenarios_needed": h.scenarios_needed}
         else:
             decision, _ = _overall(finding.judgements(template, site)[m.concept])
             row |= {"encode": decision or "undecided", "verdict": ""}
@@ -119,6 +135,19 @@ def ledger_frame(finding: Finding) -> pd.DataFrame:
     for column in ("onset_lower", "onset_upper", "scenarios_needed"):
         frame[column] = frame[column].astype("Int64")
     return frame
+
+
+def _encoded(finding: Finding, m: Measurement, h: Headline) -> Encoded:
+    """What the encode stage says, reduced to what a verdict needs."""
+    margin = finding.settings.margin
+    blocks = np.array([layer >= 0 for layer in m.layers])
+    alone = m.contrast.attenuation
+    drifted = ((alone.lower > margin) | (alone.upper < -margin)) & blocks
+    return Encoded(
+        h.decision, h.quantity == "specific", h.onset_lower, bool(h.quantity == "specific" and drifted.any()),
+        bool((m.transfer_fails(mapped=False) & ~m.transfer_fails(mapped=True) & blocks).any()),
+        "controls" if {"few_controls", "no_controls"} & set(h.flags) else "scenarios",
+    )  # fmt: skip
 
 
 def headline_dicts(found: Sequence[Headline]) -> list[dict[str, Any]]:

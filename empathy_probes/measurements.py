@@ -50,6 +50,9 @@ from empathy_probes.stats import (
 )
 from empathy_probes.stimuli import LabelKind, StimulusSet
 
+TRANSFER_LOSS = 0.1
+"""AUROC (grades: correlation) by which a probe of the other model must surely fall short to have failed."""
+
 
 @dataclass(frozen=True)
 class Views:
@@ -138,6 +141,11 @@ class Measurement:
             scores = base[..., 0, :], aligned[..., 0, :]
             return correlation_difference(*scores, self.labels, self.item_units, READING_FACTOR)
         return auroc_difference(base, aligned, self.codes, self.item_units, READING_FACTOR)
+
+    def transfer_fails(self, *, mapped: bool) -> Bool[np.ndarray, " layer"]:
+        """Where the base's probe surely reads the aligned model worse than the aligned model's own probe does."""
+        difference = self.reading_difference(self.scores[1], self.views.transfer[int(mapped), 0])
+        return np.asarray(difference.upper < -TRANSFER_LOSS)
 
     @property
     def key(self) -> str:

@@ -6,6 +6,7 @@ Everything that can go wrong with the inputs goes wrong here, before anything is
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from empathy_probes.design import Design, design_study
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import plan_extraction, seconds_per_token
 from empathy_probes.pairs import load_pair
+from empathy_probes.readouts import with_readout
 from empathy_probes.sites import Site, parse_layers
+from empathy_probes.stages import check_stages
+from empathy_probes.stimuli import ReadoutSpec, read_readouts
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class StudySpec:
     template: str = "both"
     sites: tuple[str, ...] = ("resid_post",)
     layers: str = "all"
+    stages: tuple[str, ...] = ("encode",)
+    readout: str | None = None
+    """JSON file: a readout for all concepts, or one per concept by name; wins over those of the stimuli."""
     margin: float = 0.10
     draws: int = 1000
     seed: int = 0
@@ -79,7 +86,7 @@ def read_spec(path: str | Path) -> StudySpec:
     def here(name: str) -> str:
         return str(path.parent / name) if (path.parent / name).exists() else name
 
-    for key in ("base", "aligned", "adapter"):
+    for key in ("base", "aligned", "adapter", "readout"):
         if key in entries and not Path(entries[key]).exists():
             entries[key] = here(entries[key])
     for key in ("stimuli", "controls"):
@@ -143,6 +150,31 @@ def resolve_concepts(spec: StudySpec) -> tuple[tuple[Concept, ...], tuple[Concep
     return tuple(targets), tuple(controls)
 
 
+def give_readouts(
+    readouts: ReadoutSpec | Mapping[str, ReadoutSpec], *groups: Sequence[Concept]
+) -> tuple[tuple[Concept, ...], ...]:
+    """The same concepts, asked for what a readout file says.
+
+    Raises:
+        InputError: the file names a concept that is not measured.
+    """
+    names = {concept.name for group in groups for concept in group}
+    if isinstance(readouts, ReadoutSpec):
+        readouts = dict.fromkeys(names, readouts)
+    unknown = sorted(set(readouts) - names)
+    if unknown:
+        raise InputError(
+            f"the readout file names the concept '{unknown[0]}', expected some of {', '.join(sorted(names))}; correct the name"
+        )
+    return tuple(
+        tuple(
+            replace(c, stimuli=with_readout(c.stimuli, readouts[c.name])) if c.name in readouts else c
+            for c in group
+        )
+        for group in groups
+    )
+
+
 def resolve(spec: StudySpec) -> Design:
     """Check options and concepts, load the models, render every text: nothing is written.
 
@@ -150,7 +182,10 @@ def resolve(spec: StudySpec) -> Design:
         InputError: anything that would keep the study from finishing, named.
     """
     check_numbers(spec)
+    check_stages(spec.stages)
     targets, controls = resolve_concepts(spec)
+    if spec.readout is not None:
+        targets, controls = give_readouts(read_readouts(spec.readout), targets, controls)
     pair = load_pair(
         spec.base,
         spec.aligned,

@@ -398,6 +398,26 @@ def _read_position(
     )
 
 
+def read_readouts(path: str | Path) -> ReadoutSpec | dict[str, ReadoutSpec]:
+    """Read a readout file: one readout for all concepts, or one per concept by name.
+
+    Raises:
+        InputError: the file is missing, no JSON, or not of this form.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}), expected a JSON file with a readout; check the path"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON ({error}), expected a readout; repair it") from None
+    if not isinstance(content, dict) or not content or {"answers", "continuations"} & content.keys():
+        return _readout(content, 1, path)
+    return {str(concept): _readout(spec, 1, path) for concept, spec in content.items()}
+
+
 def _readout(spec: Any, number: int, path: Path) -> ReadoutSpec:
     expected = (
         '{"answers": [[" great", ...], [" awful", ...]]} or {"continuations": ["expressive", "attenuated"]}'

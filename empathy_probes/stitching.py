@@ -44,7 +44,7 @@ from empathy_probes.readouts import (
     token_losses,
 )
 from empathy_probes.sites import Site
-from empathy_probes.stats import Curve, largest_quantile, mean_interval, unit_signs
+from empathy_probes.stats import Curve, largest_quantile, mean_interval, studentised_sums, unit_signs
 from empathy_probes.store import Store, digest_of, open_store, save_record
 
 if TYPE_CHECKING:
@@ -84,6 +84,18 @@ class StitchedConcept:
     def keys(self) -> tuple[str, ...]:
         """Names of the scenarios, for signs that concepts share."""
         return tuple(f"{self.concept}\x1f{unit}" for unit in self.units)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Between which blocks the expression of a concept is lost on the way from base to aligned."""
+
+    word: str
+    """lost, kept, or inconclusive."""
+    first: int | None
+    """Block at which it has surely begun; −1 the embedding, n_layers the head."""
+    last: int | None
+    """Block after which nothing of it surely remains."""
 
 
 @dataclass(frozen=True)
@@ -141,20 +153,51 @@ class Stitching:
     def band(self, concept: StitchedConcept) -> Float[np.ndarray, "order=2 row"]:
         """Half width of the 95 % band of the shares, simultaneous over rows and orders."""
         shares = self.shares(concept)
-        n = shares.shape[-1]
         known = ~np.isnan(shares).any(-1)
-        live = shares[known] - shares[known].mean(-1, keepdims=True)
-        spread = np.sqrt((live**2).sum(-1) / (n - 1))
-        signs = unit_signs(concept.keys, self.settings.draws, self.settings.seed).astype(float)
-        moving = spread > 0
-        critical = 0.0
-        if moving.any():
-            sums = signs @ live[moving].T
-            left = np.sqrt(np.maximum((live[moving] ** 2).sum(-1) - sums**2 / n, 1e-300) * n / (n - 1))
-            critical = largest_quantile(sums / left)
         reach = np.full(known.shape, np.nan)
-        reach[known] = critical * spread / np.sqrt(n)
+        reach[known] = self._reach(shares[known], concept)
         return reach
+
+    def _reach(
+        self, values: Float[np.ndarray, "cell unit"], concept: StitchedConcept
+    ) -> Float[np.ndarray, " cell"]:
+        """Half widths of a 95 % band of means over scenarios, simultaneous over cells."""
+        n = values.shape[-1]
+        live = values - values.mean(-1, keepdims=True)
+        # Sums that cancel to rounding carry no error of their own and must not be divided by it.
+        live[np.abs(live).max(-1) <= 1e-12 * np.abs(concept.coupling).max()] = 0
+        signs = unit_signs(concept.keys, self.settings.draws, self.settings.seed)
+        spread = np.sqrt((live**2).sum(-1) / (n - 1) / n)
+        return spread * largest_quantile(studentised_sums(live, signs))
+
+    def loss(self, concept: StitchedConcept) -> Loss:
+        """Where a base reader stops getting the concept's expression out of the aligned state (aligned → base).
+
+        With margin δ: lost at the first cut whose hybrid expresses less than 1 − δ of what the base does, complete at the
+        first one that no longer keeps more than a share δ of the difference; kept where every hybrid and the aligned model
+        lie within δ of the base. All of it holds together at 95 %.
+        """
+        margin, sane = self.settings.margin, self.sane(concept.template)[0]
+        rows = np.flatnonzero(sane)
+        curve = concept.coupling[0, rows] * np.sign(concept.coupling[0, 0].mean())
+        base, aligned = curve[0], curve[-1]
+        gone = base - curve[1:]  # per row beyond `none`
+        statements = np.concatenate(
+            [gone - margin * base, -gone - margin * base, curve[1:] - aligned - margin * (base - aligned)]
+        )
+        mean = statements.mean(-1)
+        reach = self._reach(statements, concept)
+        lower, upper = ((mean + sign * reach).reshape(3, -1) for sign in (-1, 1))
+        if (upper[0] < 0).all() and (upper[1] < 0).all():
+            return Loss("kept", None, None)
+        lost = np.flatnonzero(lower[0] > 0)
+        if not len(lost) or lower[0, -1] <= 0:
+            return Loss("inconclusive", None, None)
+        remains = np.flatnonzero(lower[2, :-1] > 0)
+        # Row r of the curve is block r − 2; the last one is the head.
+        places = rows[1:] - 2
+        last = places[remains[-1] + 1] if len(remains) else places[0]
+        return Loss("lost", int(places[lost[0]]), int(max(last, places[lost[0]])))
 
     def to_frame(self) -> pd.DataFrame:
         """The rows of `stitching.csv`, coupling in nats."""

@@ -27,10 +27,11 @@ import pandas as pd
 from safetensors.numpy import save
 
 from empathy_probes import __version__
-from empathy_probes.attenuation import TYPES, Finding, measure, study_options
+from empathy_probes.attenuation import Finding, study_options
 from empathy_probes.design import Design, Settings, describe_design
 from empathy_probes.errors import InputError, ProvenanceError, StoreError
 from empathy_probes.ledger import headline_dicts, headlines, ledger_frame
+from empathy_probes.stages import TYPES, answer_questions, finding_of, plan_questions
 from empathy_probes.store import (
     HEADER,
     SCHEMA_VERSION,
@@ -44,9 +45,9 @@ from empathy_probes.store import (
 
 LIBRARIES = ("torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn")
 INTEGER_COLUMNS = {
-    "layer", "onset_lower", "onset_upper", "peak_layer", "peak_lower", "peak_upper", "n_scenarios", "scenarios_needed"
+    "layer", "head", "onset_lower", "onset_upper", "peak_layer", "peak_lower", "peak_upper", "n_scenarios", "scenarios_needed"
 }  # fmt: skip
-TEXT_COLUMNS = {"flags", "decision", "mechanism", "dimension", "verdict", "missing"}
+TEXT_COLUMNS = {"flags", "decision", "mechanism", "dimension", "verdict", "missing", "boundary", "position"}
 
 
 _RECORD = {"name": str, "digest": str, "manifest": dict, "results": dict}
@@ -57,10 +58,12 @@ class Study:
     """Results of one pair of models under one name."""
 
     name: str
-    results: Sequence[Finding]
-    """One of each kind."""
+    results: Sequence[Any]
+    """One of each kind; attenuation among them."""
     planted: Mapping[str, Any] | None = None
     """`truth.json` of a phantom, shown beside what was found."""
+    notes: Sequence[str] = ()
+    """What was left out and why, in words for the report."""
     saved_manifest: Mapping[str, Any] | None = None
     """The manifest of the folder this study was loaded from: versions then, not now."""
 
@@ -70,8 +73,13 @@ class Study:
             raise InputError(
                 f"a study got the results [{', '.join(keys)}], expected at least one, and one of each kind; drop the others"
             )
-        pairs = {(r.provenance["base"]["weights"], r.provenance["aligned"]["weights"]) for r in self.results}
-        if len(pairs) > 1:
+        # What was asked of one model alone names only that one.
+        weights: dict[str, set[str]] = {"base": set(), "aligned": set()}
+        for result in self.results:
+            for side, found in weights.items():
+                if side in result.provenance:
+                    found.add(result.provenance[side]["weights"])
+        if any(len(found) > 1 for found in weights.values()):
             raise ProvenanceError(
                 "a study got results of different pairs of models, expected one pair; make one study per pair"
             )
@@ -79,15 +87,21 @@ class Study:
     @property
     def finding(self) -> Finding:
         """The attenuation that everything else is compared with."""
-        return self.results[0]
+        return finding_of(self.results)
+
+    def result(self, key: str) -> Any:
+        """The result of a kind, or None."""
+        return next((result for result in self.results if result.key == key), None)
 
     @cached_property
     def tables(self) -> Mapping[str, pd.DataFrame]:
         """The contract's tables by file stem, with the numbers as the files hold them."""
         frames = {
-            "attenuation": self.finding.to_frame(),
+            **{result.key: result.to_frame() for result in self.results},
             "onset": self.finding.onset_frame(),
-            "ledger": ledger_frame(self.finding),
+            "ledger": ledger_frame(
+                self.finding, *(self.result(key) for key in ("coupling", "stitching", "gain"))
+            ),
         }
         return {stem: _read_table(_table_bytes(frame)) for stem, frame in frames.items()}
 
@@ -102,14 +116,15 @@ class Study:
             **{key: value for key, value in self.finding.provenance.items() if key != "design"},
             "options": self.finding.options,
             "planted": dict(self.planted) if self.planted else None,
-            "notes": _notes(self.finding),
+            "notes": [*_notes(self.finding), *self.notes],
             "headlines": headline_dicts(headlines(self.finding)),
         }
 
     @property
     def digest(self) -> str:
         """Equal for equal options, inputs and weights, wherever the files lie."""
-        return _digest(self.finding.provenance, self.finding.options, self.planted)
+        keys = [result.key for result in self.results]
+        return _digest(self.finding.provenance, self.finding.options, self.planted, keys)
 
     def save(self, out: str | Path) -> Path:
         """Write the output folder of the contract, whole or not at all; the report is `write_report`'s.
@@ -129,6 +144,7 @@ def run_study(
     out: str | Path,
     *,
     name: str | None = None,
+    stages: Sequence[str] = ("encode",),
     store: str | None = None,
     planted: Mapping[str, Any] | None = None,
 ) -> Study:
@@ -139,17 +155,20 @@ def run_study(
         settings: margin, draws, seed.
         out: the output folder; created whole at the end.
         name: the report's title.
+        stages: of encode, use and express; encode is always run.
         store: activation store URL.
         planted: `truth.json` of a phantom, shown beside what was found.
 
     Raises:
-        InputError: the folder holds something else; nothing has run then.
+        InputError: the folder holds something else, or a stage cannot be run; nothing has run then.
     """
     out, described = Path(out), describe_design(design)
-    if not _holds(out, _digest(described, study_options(described, settings), planted)):
-        finding = measure(design, settings, open_store(store))
+    questions, notes = plan_questions(design, stages)
+    keys = [question.key for question in questions]
+    if not _holds(out, _digest(described, study_options(described, settings), planted, keys)):
+        results = answer_questions(questions, design, settings, open_store(store))
         title = name or f"{_short(design.pair.aligned.name)} against {_short(design.pair.base.name)}"
-        Study(title, (finding,), planted).save(out)
+        Study(title, results, planted, notes).save(out)
     return load_study(out)
 
 
@@ -158,7 +177,10 @@ def _short(name: str) -> str:
 
 
 def _digest(
-    provenance: Mapping[str, Any], options: Mapping[str, Any], planted: Mapping[str, Any] | None
+    provenance: Mapping[str, Any],
+    options: Mapping[str, Any],
+    planted: Mapping[str, Any] | None,
+    keys: Sequence[str],
 ) -> str:
     described = dict(provenance)
     for side in ("base", "aligned"):
@@ -168,7 +190,7 @@ def _digest(
         name: {k: v for k, v in concept.items() if k not in ("description", "labels")}
         for name, concept in provenance["concepts"].items()
     }
-    return digest_of({**described, "options": options, "planted": planted})
+    return digest_of({**described, "options": options, "planted": planted, "results": sorted(keys)})
 
 
 def _holds(out: Path, digest: str) -> bool:
@@ -304,7 +326,7 @@ def load_study(folder: str | Path) -> Study:
             )
     manifest = record["manifest"]
     results = load_record(folder / "arrays.safetensors", TYPES)
-    return Study(record["name"], results, manifest["planted"], manifest)
+    return Study(record["name"], results, manifest["planted"], saved_manifest=manifest)
 
 
 def _table_bytes(frame: pd.DataFrame) -> bytes:

@@ -20,7 +20,7 @@ from empathy_probes.pairs import ModelPair, make_pair
 from empathy_probes.phantoms import load_phantom, load_phantom_concepts
 from empathy_probes.planting import list_bases, open_twin
 from empathy_probes.stimuli import stimuli_from_rows
-from empathy_probes.stitching import ORDERS, StitchedConcept, Stitching, _hybrids, stitch
+from empathy_probes.stitching import ORDERS, Loss, StitchedConcept, Stitching, _hybrids, stitch
 from empathy_probes.store import load_record
 
 CONTINUATIONS = {"continuations": [" the old dog saw rain", " a boat"]}
@@ -130,6 +130,41 @@ def test_the_band_covers_all_rows_at_once_in_about_95_percent_of_samples() -> No
     assert 0.915 <= held / 200 <= 0.98  # ± 2.3 binomial standard errors of .95
 
 
+def stitched(
+    steps: list[float], noise: float, seed: int = 0, n: int = 60
+) -> tuple[Stitching, StitchedConcept]:
+    """A curve that falls by these steps (embedding, four blocks, head) from 10 at `none`."""
+    generator = np.random.default_rng(seed)
+    fall = np.array([0.0, *steps]).cumsum()[:, None]
+    there = (10 - fall) * generator.normal(1, 0.2, size=(1, n)) + noise * generator.normal(size=(7, n))
+    concept = StitchedConcept(
+        "demo", "target", "raw", tuple(f"s{i}" for i in range(n)), np.stack([there, there[::-1]])
+    )
+    return Stitching((concept,), 4, np.zeros((1, 2, 7)), np.zeros((1, 5), bool)), concept
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([0, 0, 0, 6, 0, 0], Loss("lost", 2, 2)),
+        ([0, 0, 4, 0, 4, 0], Loss("lost", 1, 3)),
+        ([0, 0, 0, 0, 0, 7], Loss("lost", 4, 4)),
+        ([5, 0, 0, 0, 0, 0], Loss("lost", -1, -1)),
+        ([0, 0.1, 0, -0.1, 0, 0], Loss("kept", None, None)),
+        # Lost for a base reader, but the aligned blocks express it all the same: no loss to place.
+        ([0, 0, 8, 0, -8, 0], Loss("inconclusive", None, None)),
+    ],
+)
+def test_a_loss_is_placed_where_the_curve_falls(steps: list[float], expected: Loss) -> None:
+    result, concept = stitched(steps, noise=0.3)
+    assert result.loss(concept) == expected
+
+
+def test_noise_is_no_loss_and_too_much_of_it_is_inconclusive() -> None:
+    found = [Stitching.loss(*stitched([0, 0, 0, 0, 0, 0], noise=6.0, seed=seed)).word for seed in range(40)]
+    assert set(found) == {"inconclusive"}
+
+
 def test_a_rotated_model_is_stitched_through_the_map_and_loses_nothing(tmp_path: Path) -> None:
     pair = open_twin(list_bases()["llama-0"], "rotated", None, None, None)
     concept = load_phantom_concepts(40, names=("valence",))[0]
@@ -153,6 +188,9 @@ def test_the_loss_of_a_twin_is_found_where_it_was_planted(
     for order in ORDERS:
         rows_ = frame.loc["valence", order]
         loss = rows_["share"].sum()
+        block = 6 if place == "all" else int(place)
+        assert result.loss(result.concepts[0]) == Loss("lost", block, block)
+        assert result.loss(result.concepts[1]).word == "kept"
         assert rows_.loc[place, "share"] > 0.9 * loss > 5 and not result.mapped.any()
         assert (rows_["share"].drop(["none", place]).abs() < 0.1 * loss).all()
         assert frame.loc["conflict", order]["share"].abs().max() < 0.1 * loss

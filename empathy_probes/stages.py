@@ -1,0 +1,120 @@
+"""Which questions each stage of a study asks, and what kept one from being asked.
+
+A question is one entry: the key of its result, what would keep a design from it, and the verb that answers it. `encode` is
+always asked, because every verdict needs it. The other stages need concepts with a readout; without one they are left out
+and the study says so, while a model that cannot be continued from a state is refused before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from empathy_probes.attenuation import TYPES as FINDING_TYPES
+from empathy_probes.attenuation import Finding, measure
+from empathy_probes.design import Design, Settings
+from empathy_probes.errors import InputError
+from empathy_probes.expression import CoupledConcept, Coupling, couple
+from empathy_probes.readouts import has_readout
+from empathy_probes.stitching import StitchedConcept, Stitching, check_replay, stitch_design
+from empathy_probes.store import Store
+
+STAGES = ("encode", "use", "express")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question a stage asks."""
+
+    key: str
+    """Of its result, and the stem of its table."""
+    stage: str
+    answer: Callable[[Design, Settings, Store], Any]
+    hindrance: Callable[[Design], str | None] = lambda design: None
+    """Why this design cannot be asked it, in words for the report; None where it can."""
+
+
+def _own(design: Design) -> str | None:
+    if "own" in design.templates:
+        return "the template 'own' gives each model its own tokens, and these need the same ones in both"
+    return None
+
+
+QUESTIONS = (
+    Question("attenuation", "encode", measure),
+    Question("coupling", "express", couple),
+    Question("stitching", "use", stitch_design, _own),
+)
+TYPES = {
+    **FINDING_TYPES,
+    **{cls.__name__: cls for cls in (Coupling, CoupledConcept, Stitching, StitchedConcept)},
+}
+"""Every dataclass that a saved study may hold, by name."""
+
+
+def check_stages(stages: Sequence[str]) -> tuple[str, ...]:
+    """The stages in order, `encode` always among them.
+
+    Raises:
+        InputError: an unknown stage.
+    """
+    for stage in stages:
+        if stage not in STAGES:
+            raise InputError(
+                f"unknown stage '{stage}': expected one of {', '.join(STAGES)}; name some of these"
+            )
+    return tuple(stage for stage in STAGES if stage == "encode" or stage in stages)
+
+
+def plan_questions(design: Design, stages: Sequence[str]) -> tuple[tuple[Question, ...], tuple[str, ...]]:
+    """The questions that will be asked, and why others will not be.
+
+    Raises:
+        InputError: a stage is asked of a model that cannot answer it.
+    """
+    wanted, notes = check_stages(stages), []
+    later = [stage for stage in wanted if stage != "encode"]
+    asked = [c for c in design.concepts if has_readout(c.stimuli) and c.stimuli.kind != "categorical"]
+    if later and not any(c.role == "target" for c in asked):
+        notes.append(
+            f"The stages {' and '.join(later)} were skipped: no target says what is asked after its texts (no readout)."
+        )
+        wanted = ("encode",)
+    elif later:
+        silent = [c.name for c in design.concepts if c not in asked]
+        if silent:
+            notes.append(f"Without a readout, and so in no stage but encode: {', '.join(silent)}.")
+        if "use" in later:
+            check_replay(design.pair)
+    questions = []
+    for question in QUESTIONS:
+        if question.stage not in wanted:
+            continue
+        hindrance = question.hindrance(design)
+        if hindrance:
+            notes.append(f"Not asked: {question.key}, because {hindrance}.")
+        else:
+            questions.append(question)
+    return tuple(questions), tuple(notes)
+
+
+def answer_questions(
+    questions: Sequence[Question], design: Design, settings: Settings, store: Store
+) -> tuple[Any, ...]:
+    """Ask all of them, in order; work that is in the store is not done again."""
+    return tuple(question.answer(design, settings, store) for question in questions)
+
+
+def finding_of(results: Sequence[Any]) -> Finding:
+    """The attenuation among results, with which everything else is compared.
+
+    Raises:
+        InputError: there is none.
+    """
+    for result in results:
+        if isinstance(result, Finding):
+            return result
+    raise InputError(
+        f"a study got the results [{', '.join(r.key for r in results)}], expected attenuation among them; measure it first"
+    )
