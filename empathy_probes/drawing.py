@@ -69,6 +69,8 @@ class Panel:
     """First and last layer of a shaded onset set."""
     limits: tuple[float, float] | None = None
     """Fixed range of the vertical axis."""
+    bars: bool = False
+    """Bars side by side instead of curves: places along the bottom that have no order, or shares of a whole."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,10 @@ class Sheet:
     """(layer + 1) / n_layers."""
     panels: tuple[Panel, ...]
     """From top to bottom."""
+    names: tuple[str, ...] = ()
+    """What stands at the places along the bottom, where that is no layer; depth is not shown then."""
+    axis: str = "layer (emb = embedding)"
+    """Label of the horizontal axis."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,10 @@ def draw_sheet(sheet: Sheet) -> Figure:
     """
     with settings():
         heights = [2.2 if "lost" in panel.title else 1.45 for panel in sheet.panels]
-        width, gap, above, below = 7.2, 0.78, 1.0, 1.12
+        # Names that do not fit side by side stand on end.
+        upright = max(map(len, sheet.names), default=0) > 60 / max(len(sheet.layers), 1)
+        room = 0.075 * max(map(len, sheet.names)) if upright else 0.0
+        width, gap, above, below = 7.2, 0.78, 0.66 if sheet.names else 1.0, 1.12 + room
         height = sum(heights) + gap * (len(heights) - 1) + above + below
         figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
@@ -138,30 +147,39 @@ def draw_sheet(sheet: Sheet) -> Figure:
         for panel, size in zip(sheet.panels, heights, strict=True):
             place = (0.95 / width, (top - size) / height, (width - 1.05) / width, size / height)
             axes = figure.add_axes(place, sharex=drawn[0] if drawn else None)
-            _draw_panel(axes, panel, sheet.layers, last=panel is sheet.panels[-1])
+            _draw_panel(axes, panel, sheet.layers, room if panel is sheet.panels[-1] else None)
             axes.yaxis.set_label_coords(-0.54 / (width - 1.05), 0.5)
             axes.tick_params(labelbottom=panel is sheet.panels[-1])
             drawn.append(axes)
             top -= size + gap
-        ticks = _ticks(sheet.layers)
-        drawn[-1].set_xticks(ticks, _layer_names(ticks))
-        drawn[-1].set_xlabel("layer (emb = embedding)")
-        depth = drawn[0].secondary_xaxis("top")
-        where = dict(zip(sheet.layers, sheet.depth, strict=True))
-        depth.set_xticks(ticks, [f"{where[t]:.2f}" if np.isfinite(where[t]) else "" for t in ticks])
-        depth.set_xlabel("depth (fraction of blocks done)", fontsize=9.5)
-        depth.tick_params(labelsize=9.5)
+        ticks, names = _places(sheet)
+        drawn[-1].set_xticks(ticks, names, rotation=90 if upright else 0)
+        drawn[-1].set_xlabel(sheet.axis)
+        if not sheet.names:
+            depth = drawn[0].secondary_xaxis("top")
+            where = dict(zip(sheet.layers, sheet.depth, strict=True))
+            depth.set_xticks(ticks, [f"{where[t]:.2f}" if np.isfinite(where[t]) else "" for t in ticks])
+            depth.set_xlabel("depth (fraction of blocks done)", fontsize=9.5)
+            depth.tick_params(labelsize=9.5)
         figure.text(0.1 / width, 1 - 0.18 / height, sheet.caption, va="center", fontsize=11, color=GREY)
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, x: Float[np.ndarray, " layer"], last: bool) -> None:
+def _draw_panel(axes: Axes, panel: Panel, x: Float[np.ndarray, " layer"], room: float | None) -> None:
+    """One panel; `room` is what upright names take below the lowest one, in inches, None for the others."""
     for height, name, colour, dash in panel.marks:
         axes.axhline(height, color=colour, linestyle=DASHES[dash], linewidth=1.0, label=name or "_")
     if panel.span is not None:
         low, high = panel.span
         axes.axvspan(low - 0.5, high + 0.5, color=ORANGE, alpha=0.18, linewidth=0, label="onset set")
-    for line in panel.lines:
+    for k, line in enumerate(panel.lines):
+        if panel.bars:
+            size = 0.8 / len(panel.lines)
+            at = x + (k - (len(panel.lines) - 1) / 2) * size
+            axes.bar(at, line.y, size * 0.92, color=line.colour, alpha=0.75, label=line.name)
+            if line.lower is not None and line.upper is not None:
+                axes.vlines(at, line.lower, line.upper, color=BLACK, linewidth=1.1)
+            continue
         ring = "white" if line.dash == "solid" else line.colour
         axes.plot(x, line.y, color=line.colour, linestyle=DASHES[line.dash], marker="o", markersize=4.5,
                   markeredgecolor=ring, markeredgewidth=0.6, label=line.name)  # fmt: skip
@@ -170,7 +188,7 @@ def _draw_panel(axes: Axes, panel: Panel, x: Float[np.ndarray, " layer"], last: 
             axes.vlines(x, line.lower, line.upper, color=line.colour, alpha=0.45, linewidth=1.0)
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)
-    else:
+    elif not panel.bars:
         axes.set_ylim(bottom=0)
     axes.set_ylabel(panel.unit)
     axes.set_title(panel.title)
@@ -178,7 +196,8 @@ def _draw_panel(axes: Axes, panel: Panel, x: Float[np.ndarray, " layer"], last: 
     axes.set_axisbelow(True)
     entries = len([1 for label in axes.get_legend_handles_labels()[1] if not label.startswith("_")])
     # The lowest panel's legend goes below the layer numbers, at a distance in points whatever the panel's height.
-    below = ScaledTranslation(0, -(40 if last else 2) / 72, axes.figure.dpi_scale_trans)
+    drop = 2 if room is None else 40 + 72 * room
+    below = ScaledTranslation(0, -drop / 72, axes.figure.dpi_scale_trans)
     axes.legend(
         loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=axes.transAxes + below, ncols=min(entries, 3),
         handlelength=1.6, borderpad=0.2, columnspacing=1.2,
@@ -222,6 +241,14 @@ def draw_grid(grid: Grid) -> Figure:
     return figure
 
 
+def _places(sheet: Sheet) -> tuple[list[float], list[str]]:
+    """What is labelled along the bottom, and how."""
+    if sheet.names:
+        return [float(v) for v in sheet.layers], list(sheet.names)
+    ticks = _ticks(sheet.layers)
+    return ticks, _layer_names(ticks)
+
+
 def _ticks(layers: Float[np.ndarray, " layer"]) -> list[float]:
     """At most about 13 layers to label, the first and the last among them."""
     step = max(1, -(-len(layers) // 13))
@@ -247,11 +274,11 @@ def plotly_sheet(sheet: Sheet) -> Any:
     named: set[str] = set()
     for row, panel in enumerate(sheet.panels, start=1):
         _plotly_panel(figure, row, panel, sheet, named)
-    ticks = _ticks(sheet.layers)
+    ticks, names = _places(sheet)
     figure.update_xaxes(
-        tickvals=ticks, ticktext=_layer_names(ticks), showgrid=False, zeroline=False, showline=True
+        tickvals=ticks, ticktext=[escape(n) for n in names], showgrid=False, zeroline=False, showline=True
     )
-    figure.update_xaxes(title_text="layer (emb = embedding)", row=len(heights), col=1)
+    figure.update_xaxes(title_text=sheet.axis, row=len(heights), col=1)
     figure.update_xaxes(range=_ends(sheet))
     figure.update_yaxes(gridcolor="#e5e7eb", zeroline=False, showline=True)
     figure.update_layout(
@@ -261,8 +288,11 @@ def plotly_sheet(sheet: Sheet) -> Any:
         paper_bgcolor="white", plot_bgcolor="white",
     )  # fmt: skip
     figure.update_annotations(x=0, xanchor="left", font={"size": 13})
-    figure.layout.annotations[0].yshift = 34  # above the depth axis
-    _depth_axis(figure, sheet, ticks)
+    if sheet.names:
+        figure.update_layout(barmode="group", bargap=0.2)
+    else:
+        figure.layout.annotations[0].yshift = 34  # above the depth axis
+        _depth_axis(figure, sheet, ticks)
     return figure
 
 
@@ -305,6 +335,22 @@ def _plotly_panel(figure: Any, row: int, panel: Panel, sheet: Sheet, named: set[
         )  # fmt: skip
     for line in panel.lines:
         label = once(line.name)
+        if panel.bars:
+            error: dict[str, Any] = {
+                "type": "data",
+                "symmetric": False,
+                "thickness": 1.2,
+                "width": 0,
+                "color": BLACK,
+            }
+            if line.lower is not None and line.upper is not None:
+                error |= {"array": _blank(line.upper - line.y), "arrayminus": _blank(line.y - line.lower)}
+            bar = go.Bar(
+                x=sheet.layers.tolist(), y=_blank(line.y), marker={"color": line.colour, "opacity": 0.75}, error_y=error,
+                hovertext=_hover(line, sheet), hoverinfo="text", **label,
+            )  # fmt: skip
+            figure.add_trace(bar, row=row, col=1)
+            continue
         if line.lower is not None and line.upper is not None:
             x, outline = _outline(sheet.layers, line.lower, line.upper)
             faint = _faint(line.colour)
@@ -322,10 +368,11 @@ def _plotly_panel(figure: Any, row: int, panel: Panel, sheet: Sheet, named: set[
             row=row, col=1,
         )  # fmt: skip
     limits = list(panel.limits) if panel.limits is not None else None
+    free = "normal" if limits or panel.bars else "tozero"
     figure.update_yaxes(
         title={"text": escape(panel.unit).replace("\n", "<br>"), "font": {"size": 12}, "standoff": 10}, range=limits,
         automargin=True,
-        rangemode="normal" if limits else "tozero", row=row, col=1,
+        rangemode=free, row=row, col=1,
     )  # fmt: skip
 
 
@@ -345,6 +392,8 @@ def _hover(line: Line, sheet: Sheet) -> list[str]:
     texts = []
     for i, (layer, depth) in enumerate(zip(sheet.layers, sheet.depth, strict=True)):
         where = f"{'embedding' if layer < 0 else f'layer {layer:.0f}'} (depth {depth:.2f})"
+        if sheet.names:
+            where = escape(sheet.names[i])
         band = ""
         if line.lower is not None and line.upper is not None and np.isfinite(line.lower[i] + line.upper[i]):
             band = f" [{line.lower[i]:.3f}, {line.upper[i]:.3f}]"

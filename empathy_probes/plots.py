@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
+from empathy_probes.coupling_plots import coupling_figure
 from empathy_probes.drawing import (
     BLACK,
     BLUE,
@@ -33,8 +34,12 @@ from empathy_probes.drawing import (
     plotly_sheet,
 )  # fmt: skip
 from empathy_probes.errors import InputError
+from empathy_probes.stitching_plots import stitching_figure
 
-FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {}
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "coupling": coupling_figure,
+    "stitching": stitching_figure,
+}
 """Key of a result → its figure, from its table; attenuation, the first of them, is drawn below."""
 
 

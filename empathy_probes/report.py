@@ -1,81 +1,39 @@
 """A study as one HTML file that opens anywhere, offline.
 
 The page is made from the saved tables and the manifest alone, and from nothing that changes between two runs (no
-clock, no random ids), so the same study gives the same bytes. Every figure is in it twice: drawn by plotly for the
-screen, and as an SVG image for print, for browsers without scripts and for readers of the source. All text is escaped,
-and a content security policy allows the page's own two scripts and no connection at all.
+clock, no random ids), so the same study gives the same bytes.
 """
 
-import base64
-import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import jinja2
-import pandas as pd
 from markupsafe import Markup
 
 from empathy_probes import plots, tables, wording
 from empathy_probes.drawing import svg
+from empathy_probes.effects import EFFECTS, effect_section
+from empathy_probes.pages import (
+    Picture,
+    Section,
+    Tables,
+    environment,
+    head_and_rows,
+    image_uri,
+    make_picture,
+    parts,
+    plain_table,
+    plotly_js,
+    script_hash,
+    slug,
+    template_text,
+)
 from empathy_probes.scorecard import METRIC_WORDS, load_scorecard
 from empathy_probes.store import write_file
-
-
-@runtime_checkable
-class Tables(Protocol):
-    """What the report reads of a study."""
-
-    @property
-    def name(self) -> str:
-        """Title."""
-
-    @property
-    def manifest(self) -> Mapping[str, Any]:
-        """Versions, models, concepts, options, headlines: plain data."""
-
-    @property
-    def tables(self) -> Mapping[str, pd.DataFrame]:
-        """The contract's tables by file stem."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One figure of the page."""
-
-    id: str
-    """Fixed id of its element."""
-    alt: str
-    """What a reader who cannot see it is told."""
-    caption: str
-    """Below it: what, where, n."""
-    image: str
-    """SVG as a data URI; inside an image, no script of an SVG ever runs."""
-    data: Markup
-    """The plotly figure as JSON that is safe inside a script element."""
-    height: int
-    """Height of the plotly figure in pixels."""
-    legend: tuple[tuple[str, str, str], ...]
-    """Name, colour and dash of every curve: as text, because a legend of plotly's does not fit on a phone."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One section of the page."""
-
-    id: str
-    """Anchor."""
-    title: str
-    """Heading."""
-    body: Markup
-    """Content."""
-    entries: tuple[tuple[str, str], ...] = ()
-    """Anchors and names of what the table of contents lists below it."""
 
 
 def render_report(study: Tables) -> str:
@@ -85,7 +43,7 @@ def render_report(study: Tables) -> str:
         study: anything with `name`, `manifest` and `tables`.
     """
     sections = [
-        section for name in _table_names(study) for section in SECTIONS.get(name, _plain_table(name))(study)
+        section for name in _table_names(study) for section in SECTIONS.get(name, plain_table(name))(study)
     ]
     script = template_text("report.js")
     scripts = (plotly_js(), script)
@@ -140,7 +98,7 @@ def result_html(result: Any) -> str:
     if result.key == "attenuation":
         frame = frame[(frame["measure"] == "strength") & (frame["role"] == "target")]
     image = image_uri(svg(plots.plot(result)))
-    return str(_parts().notebook(image, tables.table_rows(frame), tables.table_head(frame), result.key))
+    return str(parts().notebook(image, tables.table_rows(frame), tables.table_head(frame), result.key))
 
 
 # ---- sections, one entry per table ------------------------------------------------------------------------
@@ -158,12 +116,12 @@ def _concepts(study: Tables) -> list[Section]:
         body = Markup("").join(_concept(study, card) for card in cards)
         entries = tuple((card["anchor"], card["concept"]) for card in cards)
         sections.append(
-            Section(f"mechanism-{_slug(mechanism)}", mechanism.replace("_", " ").capitalize(), body, entries)
+            Section(f"mechanism-{slug(mechanism)}", mechanism.replace("_", " ").capitalize(), body, entries)
         )
     controls = frame[frame["role"] == "control"]
-    body = _parts().controls(tables.control_rows(controls, _primary(study)), tables.CONTROL_HEAD)
+    body = parts().controls(tables.control_rows(controls, _primary(study)), tables.CONTROL_HEAD)
     sections.append(Section("controls", "Controls", body))
-    sections.append(Section("rows", "All rows", _parts().table("attenuation", *_head_and_rows(frame))))
+    sections.append(Section("rows", "All rows", parts().table("attenuation", *head_and_rows(frame))))
     return sections
 
 
@@ -178,7 +136,7 @@ def _concept(study: Tables, card: dict[str, Any]) -> Markup:
     pictures = [_picture(study, card, template, site) for template, site in places]
     did = mine[(mine["template"] == "did") & (mine["measure"] == "strength")]
     here = mine[(mine["template"] == card["template"]) & (mine["site"].isin([card["site"], "text"]))]
-    return _parts().concept(
+    return parts().concept(
         card, study.manifest.get("concepts", {}).get(card["concept"], {}), pictures, tables.flag_list(here),
         tables.did_rows(did), tables.view_rows(here, card["headline"].get("layer")), tables.VIEW_HEAD,
         wording.layer_name(card["headline"]["layer"]) if not wording.missing(card["headline"].get("layer")) else "",
@@ -187,10 +145,10 @@ def _concept(study: Tables, card: dict[str, Any]) -> Markup:
 
 def _ledger(study: Tables) -> list[Section]:
     frame = study.tables["ledger"].dropna(axis="columns", how="all")
-    head, rows = _head_and_rows(frame)
+    head, rows = head_and_rows(frame)
     # Names of verdicts, stages and mechanisms are read here, not parsed; the concept keeps its exact name.
     rows = [[name, *(replace(cell, text=_in_words(cell.text)) for cell in row)] for name, *row in rows]
-    return [Section("ledger", "Verdicts", _parts().ledger(head, rows))]
+    return [Section("ledger", "Verdicts", parts().ledger(head, rows))]
 
 
 def _in_words(name: str) -> str:
@@ -198,20 +156,11 @@ def _in_words(name: str) -> str:
     return name.replace("_", "\u00a0" if len(name) < 10 else " ").replace(";", ", ")
 
 
-def _plain_table(name: str) -> Callable[[Tables], list[Section]]:
-    """Any table that has no section of its own is shown as it is."""
-
-    def section(study: Tables) -> list[Section]:
-        body = _parts().table(name, *_head_and_rows(study.tables[name]))
-        return [Section(_slug(name), name.replace("_", " ").capitalize(), body)]
-
-    return section
-
-
 SECTIONS: dict[str, Callable[[Tables], list[Section]]] = {
     "ledger": _ledger,
     "onset": lambda study: [],  # said in the cards and shaded in the figures; the table itself is in onset.csv
     "attenuation": _concepts,
+    **{key: partial(effect_section, key) for key in EFFECTS},
 }
 """Table name → its sections, in the order of the page; later tables add one entry each."""
 
@@ -240,7 +189,7 @@ def _cards(study: Tables) -> list[dict[str, Any]]:
         )
     cards.sort(key=lambda c: (c["rank"], c["concept"]))
     for i, card in enumerate(cards):
-        card["anchor"] = f"concept-{i}-{_slug(card['concept'])}"
+        card["anchor"] = f"concept-{i}-{slug(card['concept'])}"
     return cards
 
 
@@ -267,9 +216,9 @@ def _picture(study: Tables, card: dict[str, Any], template: str, site: str) -> P
     alt = f"{card['concept']}, {template}, {site}, by layer: strength in both models, attenuation with its band, AUROC"
     if (template, site) == (card["template"], card["site"]):
         alt += f". {card['sentence']}"
-    name = f"figure-{card['anchor']}-{_slug(template)}-{_slug(site)}"
+    name = f"figure-{card['anchor']}-{slug(template)}-{slug(site)}"
     caption = f"{card['concept']} · {wording.TEMPLATES.get(template, template)} · {site} · n = {card['n']} scenarios"
-    return _make_picture(
+    return make_picture(
         name,
         alt,
         caption,
@@ -292,27 +241,7 @@ def _overview(study: Tables, roles: tuple[str, ...]) -> Picture:
         "decided."
     )
     figures = plots.overview_figure(frame, **arguments), plots.overview_plotly(frame, **arguments)
-    return _make_picture("figure-overview", alt, caption, *figures)
-
-
-def _make_picture(name: str, alt: str, caption: str, static: Any, live: Any) -> Picture:
-    legend = [
-        (t.name, t.line.color, t.line.dash or "solid")
-        for t in live.data
-        if t.type == "scatter" and t.showlegend
-    ]
-    legend += [(shape.name, shape.fillcolor, "area") for shape in live.layout.shapes if shape.showlegend]
-    if legend:
-        live.update_layout(showlegend=False, margin_b=48, height=live.layout.height - 36)
-    return Picture(
-        name,
-        alt,
-        caption,
-        image_uri(svg(static)),
-        _json(live.to_json()),
-        int(live.layout.height),
-        tuple(legend),
-    )
+    return make_picture("figure-overview", alt, caption, *figures)
 
 
 def _phantom(study: Tables) -> dict[str, Any] | None:
@@ -357,61 +286,3 @@ def _models(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (key.replace("_", " "), wording.plain(base.get(key)), wording.plain(aligned.get(key))) for key in keys
     ]
-
-
-def _head_and_rows(frame: pd.DataFrame) -> tuple[list[str], list[list[tables.Cell]]]:
-    return tables.table_head(frame), tables.table_rows(frame)
-
-
-# ---- escaping and embedding -------------------------------------------------------------------------------
-
-
-def _json(text: str) -> Markup:
-    """JSON that cannot end its script element: `<`, `>` and `&` as escapes, which mean the same in JSON."""
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-
-
-def image_uri(image: str) -> str:
-    """An SVG as a data URI."""
-    return "data:image/svg+xml;base64," + base64.b64encode(image.encode()).decode()
-
-
-def script_hash(script: str) -> str:
-    """What the content security policy knows a script by."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-") or "x"
-
-
-@cache
-def plotly_js() -> str:
-    """The plotly library, which the page carries once."""
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
-
-
-@cache
-def environment() -> jinja2.Environment:
-    """Where the page templates are."""
-    made = jinja2.Environment(
-        loader=jinja2.PackageLoader("empathy_probes"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    made.globals["explain"] = wording.explain
-    made.globals["glossary"] = wording.FLAGS
-    made.filters["plain"] = wording.plain
-    return made
-
-
-def template_text(name: str) -> str:
-    """A template, script or style sheet as it stands."""
-    loader = environment().loader
-    assert loader is not None  # set three lines above
-    return loader.get_source(environment(), name)[0]
-
-
-def _parts() -> Any:
-    return environment().get_template("parts.html.j2").module

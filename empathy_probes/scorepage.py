@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from empathy_probes.drawing import BLUE, GREEN, GREY, VERMILLION, settings, svg
-from empathy_probes.report import environment, image_uri, script_hash, template_text
+from empathy_probes.pages import environment, image_uri, script_hash, template_text
 from empathy_probes.scorecard import METRIC_WORDS, Row, Scorecard
 from empathy_probes.store import write_file
 from empathy_probes.tables import Cell

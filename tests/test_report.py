@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from empathy_probes import plots, report
+from empathy_probes import pages, plots, report
 from empathy_probes.errors import InputError
 
 LAYERS = list(range(-1, 8))
@@ -374,7 +374,9 @@ def _strip_script(text: str) -> str:
 
 def test_no_json_can_end_its_script_element() -> None:
     text = json.dumps({"name": "</script><!--&"})
-    assert not set("<>&") & set(report._json(text)) and json.loads(report._json(text)) == json.loads(text)
+    assert not set("<>&") & set(pages.escape_json(text)) and json.loads(
+        pages.escape_json(text)
+    ) == json.loads(text)
 
 
 def test_one_known_end_of_an_interval_is_shown_without_the_other() -> None:
@@ -432,11 +434,9 @@ def test_a_missed_phantom_is_called_missed() -> None:
 
 def test_a_table_without_a_section_of_its_own_is_still_shown() -> None:
     study = make_small()
-    extra = pd.DataFrame(
-        {"concept": ["valence"], "coupling": [1.5], "coupling_lower": [1.0], "coupling_upper": [2.0]}
-    )
-    text = report.render_report(replace(study, tables=study.tables | {"coupling": extra}))
-    assert 'id="coupling"' in text and "1.500 [1.000, 2.000]" in text
+    extra = pd.DataFrame({"model": ["base"], "value": [1.5], "value_lower": [1.0], "value_upper": [2.0]})
+    text = report.render_report(replace(study, tables=study.tables | {"text_metrics": extra}))
+    assert 'id="text-metrics"' in text and "1.500 [1.000, 2.000]" in text
 
 
 def test_an_unknown_flag_is_shown_raw() -> None:

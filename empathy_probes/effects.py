@@ -1,0 +1,100 @@
+"""Sections of the report for the stages use and express: what each question's figures show, and in which order.
+
+One entry per table. A section shows, for every target, the figure of the headline template; figures of other templates, and
+of concepts to which nothing happened, are folded away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from pandas import DataFrame
+
+from empathy_probes import wording
+from empathy_probes.coupling_plots import coupling_figure, coupling_plotly
+from empathy_probes.pages import Picture, Section, Tables, head_and_rows, make_picture, parts, slug
+from empathy_probes.stitching_plots import stitching_figure, stitching_plotly
+
+QUIET = ("preserved", "generic_drift", "rotated")
+"""Verdicts whose figures are folded away."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How the table of one question is shown."""
+
+    title: str
+    words: str
+    """What was asked, in two or three sentences."""
+    alt: str
+    """What a reader who cannot see a figure is told it shows."""
+    figure: Callable[..., Figure]
+    """Of the table and, by keyword, `template` and, where there is one per concept, `concept`."""
+    live: Callable[..., Any]
+    """The same with plotly."""
+    per_concept: bool = True
+
+
+EFFECTS = {
+    "coupling": Effect(
+        "Does it reach the output?",
+        "Coupling is how far a concept moves the answer: the readout after texts that show it minus the readout after their matched "
+        "twins, in nats. Nothing is generated and nothing is judged. A change of sign is told apart by a flag.",
+        "coupling of every concept in both models with 95 % intervals, and its attenuation, plain and beyond the controls",
+        coupling_figure,
+        coupling_plotly,
+        per_concept=False,
+    ),
+    "stitching": Effect(
+        "In which blocks is expression lost?",
+        "A hybrid runs the blocks up to a cut in one model and those beyond, with the head, in the other. Aligned → base is what a base "
+        "reader still gets out of the aligned state; base → aligned is what the aligned model's later blocks make of an intact state. "
+        "Steps of a curve are the shares of the blocks and sum to the whole loss in either order. Where the two orders differ, blocks "
+        "of one model depend on what others did: the range between the orders is not an interval.",
+        "coupling of every hybrid over the cut in both orders, and the share of each block",
+        stitching_figure,
+        stitching_plotly,
+    ),
+}
+"""Table → how it is shown, in the order of the page."""
+
+
+def effect_section(key: str, study: Tables) -> list[Section]:
+    """The section of one table of the stages use and express."""
+    effect, frame = EFFECTS[key], study.tables[key]
+    order = {"shared": 0, "raw": 1}
+    templates = sorted(frame["template"].unique(), key=lambda name: order.get(name, 2))
+    ledger = {str(row["concept"]): row for row in study.tables["ledger"].to_dict("records")}
+    targets = [name for name in dict.fromkeys(frame["concept"]) if ledger[name]["role"] == "target"]
+    shown: list[tuple[str, str, list[Picture], bool]] = []
+    for name in targets if effect.per_concept else [""]:
+        pictures = [_picture(key, effect, frame, name, template) for template in templates]
+        row = ledger.get(name)
+        shown.append((name, _sentence(row) if row else "", pictures, bool(row and row["verdict"] in QUIET)))
+    # What happened comes first.
+    shown.sort(key=lambda entry: entry[3])
+    body = parts().effect(effect.words, shown, key, *head_and_rows(frame))
+    return [Section(f"stage-{slug(key)}", effect.title, Markup(body))]
+
+
+def _sentence(row: Mapping[Any, Any]) -> str:
+    verdict = str(row["verdict"]).replace("_", " ")
+    missing = (
+        f" ({str(row['missing']).replace(';', ', ')} missing)" if not wording.missing(row["missing"]) else ""
+    )
+    said = {"use": row["use"], "express": row["express"], "encode": row["encode"]}
+    told = ", ".join(f"{stage}: {str(word).replace('_', ' ')}" for stage, word in said.items())
+    return f"{verdict}{missing}. {told}."
+
+
+def _picture(key: str, effect: Effect, frame: DataFrame, concept: str, template: str) -> Picture:
+    chosen: dict[str, Any] = {"template": template, **({"concept": concept} if concept else {})}
+    name = " · ".join(part for part in (concept, wording.TEMPLATES.get(template, template)) if part)
+    return make_picture(
+        f"figure-{slug(key)}-{slug(concept)}-{slug(template)}", f"{name}: {effect.alt}", name,
+        effect.figure(frame, **chosen), effect.live(frame, **chosen),
+    )  # fmt: skip
