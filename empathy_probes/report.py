@@ -158,9 +158,9 @@ def _in_words(name: str) -> str:
 
 SECTIONS: dict[str, Callable[[Tables], list[Section]]] = {
     "ledger": _ledger,
+    **{key: partial(effect_section, key) for key in EFFECTS},
     "onset": lambda study: [],  # said in the cards and shaded in the figures; the table itself is in onset.csv
     "attenuation": _concepts,
-    **{key: partial(effect_section, key) for key in EFFECTS},
 }
 """Table name → its sections, in the order of the page; later tables add one entry each."""
 
