@@ -1,0 +1,190 @@
+"""Stages of a study: which questions are asked, what keeps one from being asked, and what they say together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import rows, tiny_llama, word_tokenizer
+
+from empathy_probes import cli
+from empathy_probes.concepts import Concept
+from empathy_probes.design import Design, Settings, design_study
+from empathy_probes.errors import InputError
+from empathy_probes.grammar import neutral_texts
+from empathy_probes.models import load_model
+from empathy_probes.pairs import make_pair
+from empathy_probes.phantoms import load_phantom, load_phantom_concepts
+from empathy_probes.report import render_report
+from empathy_probes.stages import QUESTIONS, STAGES, check_stages, plan_questions
+from empathy_probes.stimuli import stimuli_from_rows
+from empathy_probes.study import Study, load_study, run_study
+
+ANSWERS = {"answers": [[" red", " green"], [" blue"]]}
+
+
+def tiny_design(readout: bool, template: str = "raw") -> Design:
+    pair = make_pair(*(load_model((tiny_llama(seed), word_tokenizer()), device="cpu") for seed in (0, 1)))
+    made = [{**row, **({"readout": ANSWERS} if readout else {})} for row in rows(30)]
+    concept = Concept("demo", "target", "", "", "user", "", stimuli_from_rows(made, "demo"))
+    silent = Concept(
+        "silent", "control", "", "", "user", "", stimuli_from_rows(rows(30, 1, "silent"), "silent")
+    )
+    return design_study(pair, (concept,), (silent,), template=template)
+
+
+@pytest.fixture(scope="module")
+def phantom_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    names = ("valence", "conflict", "tense", "number", "place", "weather", "transport", "season")
+    targets, controls = load_phantom_concepts(30, names=names)
+    design = design_study(
+        load_phantom("planted-valence"), targets, controls, template="raw", neutral=neutral_texts(100)
+    )
+    folder = tmp_path_factory.mktemp("study")
+    return run_study(design, Settings(), folder / "out", stages=STAGES, store=str(folder / "store")), folder
+
+
+def test_every_question_of_every_stage_has_its_table_and_the_verdict_is_the_planted_one(
+    phantom_study: tuple[Study, Path],
+) -> None:
+    study, folder = phantom_study
+    for question in QUESTIONS:
+        assert (folder / "out" / f"{question.key}.csv").is_file()
+        assert len(study.tables[question.key]) > 0
+    ledger = study.tables["ledger"].set_index("concept")
+    assert ledger.loc["valence", "verdict"] == "erased" and ledger.loc["valence", "use"] == "lost at 3"
+    assert ledger.loc["conflict", "verdict"] == "preserved"
+    assert (ledger.loc[ledger["role"] == "control", "verdict"] == "").all()
+
+
+def test_a_saved_study_with_all_stages_is_the_same_study_with_the_same_report(
+    phantom_study: tuple[Study, Path],
+) -> None:
+    study, folder = phantom_study
+    again = load_study(folder / "out")
+    assert again.digest == study.digest
+    for name, table in study.tables.items():
+        pd.testing.assert_frame_equal(table, again.tables[name])
+        saved = pd.read_csv(folder / "out" / f"{name}.csv", keep_default_na=False, na_values=[""])
+        assert list(saved.columns) == list(table.columns)
+    text = render_report(study)
+    assert text == render_report(again)
+    assert "In which blocks is expression lost?" in text and "Does it reach the output?" in text
+
+
+def test_interrupted_work_is_not_done_again(
+    phantom_study: tuple[Study, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, folder = phantom_study
+    for name in ("stitching._hybrids", "expression.read_out"):
+        monkeypatch.setattr(f"empathy_probes.{name}", lambda *_: pytest.fail("ran again"))
+    names = ("valence", "conflict", "tense", "number", "place", "weather", "transport", "season")
+    targets, controls = load_phantom_concepts(30, names=names)
+    design = design_study(
+        load_phantom("planted-valence"), targets, controls, template="raw", neutral=neutral_texts(100)
+    )
+    other = run_study(design, Settings(), folder / "again", stages=STAGES, store=str(folder / "store"))
+    assert other.tables["stitching"].equals(study.tables["stitching"])
+
+
+def test_stages_are_known_and_encode_is_always_among_them() -> None:
+    assert check_stages(["express"]) == ("encode", "express") and check_stages(STAGES) == STAGES
+    with pytest.raises(InputError, match="unknown stage 'speak': expected one of encode, use, express"):
+        check_stages(["speak"])
+
+
+def test_without_a_readout_only_encode_is_asked_and_the_study_says_so() -> None:
+    questions, notes = plan_questions(tiny_design(readout=False), STAGES)
+    assert [q.key for q in questions] == ["attenuation"]
+    assert "use and express were skipped" in notes[0] and "no readout" in notes[0]
+    questions, notes = plan_questions(tiny_design(readout=True), STAGES)
+    assert {q.key for q in questions} == {q.key for q in QUESTIONS}
+    assert notes == ("Without a readout, and so in no stage but encode: silent.",)
+
+
+def test_a_model_that_cannot_be_continued_is_refused_before_anything_runs() -> None:
+    design = tiny_design(readout=True)
+    design.pair.aligned.__dict__["replay_refusal"] = "it scales its logits"
+    with pytest.raises(InputError, match="it scales its logits"):
+        plan_questions(design, STAGES)
+    assert [q.key for q in plan_questions(design, ["express"])[0]] == ["attenuation", "coupling"]
+
+
+def test_results_of_other_models_make_no_study(phantom_study: tuple[Study, Path]) -> None:
+    study, _ = phantom_study
+    coupling = study.result("coupling")
+    foreign = replace(coupling, provenance={**coupling.provenance, "base": {"weights": "0"}})
+    with pytest.raises(Exception, match="different pairs of models"):
+        Study("mixed", (study.finding, foreign))
+    with pytest.raises(InputError, match="expected attenuation among them"):
+        _ = Study("alone", (coupling,)).finding
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed in (("base", 0), ("aligned", 1)):
+        tiny_llama(seed).save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    lines = [{**row, "readout": ANSWERS} for row in rows(30, concept="mine")]
+    (folder / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (folder / "bare.jsonl").write_text("\n".join(json.dumps(line) for line in rows(30, concept="bare")))
+    return folder
+
+
+def compare(folders: Path, out: Path, *more: str) -> int:
+    stimuli = (
+        ["--stimuli", str(folders / "bare.jsonl")]
+        if "--bare" in more
+        else ["--stimuli", str(folders / "mine.jsonl")]
+    )
+    rest = [word for word in more if word != "--bare"]
+    return cli.main(
+        ["compare", str(folders / "base"), str(folders / "aligned"), *stimuli, "--template", "raw", "--device", "cpu",
+         "--store", str(folders / "store"), "--out", str(out), *rest]
+    )  # fmt: skip
+
+
+def test_compare_writes_the_tables_of_the_stages_asked_for(folders: Path, tmp_path: Path) -> None:
+    assert compare(folders, tmp_path / "one", "--stages", "encode,express") == 0
+    assert (tmp_path / "one" / "coupling.csv").is_file() and not (tmp_path / "one" / "stitching.csv").exists()
+    ledger = pd.read_csv(tmp_path / "one" / "ledger.csv")
+    assert ledger["use"].tolist() == ["not_run"] and ledger["express"].tolist() != ["not_run"]
+    assert compare(folders, tmp_path / "one", "--stages", "encode,use,express") == 2  # another study is there
+
+
+def test_a_readout_file_asks_for_all_or_for_each_by_name(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "all.json").write_text(json.dumps(ANSWERS))
+    (tmp_path / "named.json").write_text(json.dumps({"bare": ANSWERS}))
+    (tmp_path / "wrong.json").write_text(json.dumps({"other": ANSWERS}))
+    for name in ("all", "named"):
+        options = ("--bare", "--stages", "encode,express", "--readout", str(tmp_path / f"{name}.json"))
+        assert compare(folders, tmp_path / name, *options) == 0
+    tables = [pd.read_csv(tmp_path / name / "coupling.csv") for name in ("all", "named")]
+    assert tables[0].equals(tables[1])
+    assert (
+        compare(folders, tmp_path / "x", "--stages", "express", "--readout", str(tmp_path / "wrong.json"))
+        == 2
+    )
+    assert "names the concept 'other', expected some of mine" in capsys.readouterr().err
+    assert compare(folders, tmp_path / "x", "--readout", str(tmp_path / "none.json")) == 2
+    assert compare(folders, tmp_path / "x", "--stages", "speak") == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_study_file_names_stages_and_readout(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "ask.json").write_text(json.dumps(ANSWERS))
+    (tmp_path / "study.toml").write_text(
+        f'base = "{folders / "base"}"\naligned = "{folders / "aligned"}"\nstimuli = ["{folders / "bare.jsonl"}"]\n'
+        'template = "raw"\nstages = ["encode", "express"]\nreadout = "ask.json"\ndevice = "cpu"\n'
+    )
+    assert cli.main(["run", str(tmp_path / "study.toml"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "coupling.csv").is_file()
