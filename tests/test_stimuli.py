@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import rows
 
 from empathy_probes.concepts import (
+    DIMENSIONS,
+    MECHANISMS,
     list_concepts,
     load_concept,
     load_concept_file,
@@ -198,11 +201,31 @@ def test_a_shipped_concept_is_sound(name: str) -> None:
     assert len(set(texts)) == len(texts)
     if concept.role == "target":
         assert concept.mechanism and concept.dimension
+    per_label: dict[str, list[int]] = {}
+    for item in concept.stimuli.items:
+        per_label.setdefault(str(item.label), []).append(len(item.text.split()))
+    assert {len(lengths) for lengths in per_label.values()} == {concept.stimuli.n_scenarios}
     if name != "length":  # the one control that is about length
-        words = {1.0: 0, 0.0: 0}
+        means = np.array([np.mean(lengths) for lengths in per_label.values()])
+        assert np.ptp(means) <= 0.3 if len(means) == 2 else abs(means - means.mean()).max() <= 0.5
+
+
+def test_the_library_covers_every_mechanism_and_dimension_and_most_of_it_can_be_asked() -> None:
+    targets = [load_concept(name) for name in list_concepts() if load_concept(name).role == "target"]
+    assert {c.mechanism for c in targets} == set(MECHANISMS) and {c.dimension for c in targets} == set(
+        DIMENSIONS
+    )
+    silent = [c.name for c in targets if any(item.readout is None for item in c.stimuli.items)]
+    assert silent == ["emotion"]  # eight categories have no two sides
+    asked = [c for c in load_controls() if all(item.readout for item in c.stimuli.items)]
+    assert len(asked) >= 6
+    for concept in (*targets, *asked):
+        by_scenario: dict[str, set[object]] = {}
         for item in concept.stimuli.items:
-            words[float(item.label)] += len(item.text.split())
-        assert abs(words[1.0] - words[0.0]) / concept.stimuli.n_scenarios <= 0.3
+            by_scenario.setdefault(item.scenario, set()).add(item.readout)
+        # The same question after both labels, or it would answer itself; several wordings, so that none decides alone.
+        assert all(len(found) == 1 for found in by_scenario.values())
+        assert concept.name == "emotion" or len(set.union(*by_scenario.values())) >= 4
 
 
 def test_no_text_recurs_in_another_concept_or_in_the_neutral_texts() -> None:
