@@ -151,12 +151,22 @@ def _ledger(study: Tables) -> list[Section]:
     return [Section("ledger", "Verdicts", parts().ledger(head, rows))]
 
 
+def _summary(study: Tables) -> list[Section]:
+    """One row per mechanism and dimension; nothing where concepts have neither."""
+    frame = study.tables["summary"]
+    if frame.empty:
+        return []
+    shown = frame.assign(group=frame["group"].str.replace("_", " "))
+    return [Section("summary", "By mechanism and dimension", parts().summary(*head_and_rows(shown)))]
+
+
 def _in_words(name: str) -> str:
     """`not_run` on one line, longer names where they fit."""
     return name.replace("_", "\u00a0" if len(name) < 10 else " ").replace(";", ", ")
 
 
 SECTIONS: dict[str, Callable[[Tables], list[Section]]] = {
+    "summary": _summary,
     "ledger": _ledger,
     **{key: partial(effect_section, key) for key in EFFECTS},
     "onset": lambda study: [],  # said in the cards and shaded in the figures; the table itself is in onset.csv

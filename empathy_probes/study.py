@@ -42,12 +42,23 @@ from empathy_probes.store import (
     save_record,
     write_file,
 )
+from empathy_probes.summaries import summary_frame
 
 LIBRARIES = ("torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn")
 INTEGER_COLUMNS = {
     "layer", "head", "onset_lower", "onset_upper", "peak_layer", "peak_lower", "peak_upper", "n_scenarios", "scenarios_needed"
 }  # fmt: skip
-TEXT_COLUMNS = {"flags", "decision", "mechanism", "dimension", "verdict", "missing", "boundary", "position"}
+TEXT_COLUMNS = {
+    "flags",
+    "group",
+    "decision",
+    "mechanism",
+    "dimension",
+    "verdict",
+    "missing",
+    "boundary",
+    "position",
+}
 
 
 _RECORD = {"name": str, "digest": str, "manifest": dict, "results": dict}
@@ -99,6 +110,7 @@ class Study:
         frames = {
             **{result.key: result.to_frame() for result in self.results},
             "onset": self.finding.onset_frame(),
+            "summary": summary_frame(self.finding),
             "ledger": ledger_frame(
                 self.finding, *(self.result(key) for key in ("coupling", "stitching", "gain"))
             ),

@@ -11,7 +11,19 @@ import pandas as pd
 
 from empathy_probes.wording import BLANK, explain, interval, layer_name, missing, number, split_flags
 
-COUNTS = {"layer", "n_scenarios", "n", "onset", "peak", "peak_layer", "head", "position", "scenarios_needed"}
+COUNTS = {
+    "layer",
+    "n_scenarios",
+    "n",
+    "onset",
+    "peak",
+    "peak_layer",
+    "head",
+    "position",
+    "scenarios_needed",
+    "n_concepts",
+    "n_used",
+}
 """Columns of whole numbers."""
 
 

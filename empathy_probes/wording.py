@@ -32,6 +32,11 @@ FLAGS: dict[str, str] = {
     "no_chat_template": "The aligned tokenizer has no chat template, so only raw text was measured.",
     "decided_pointwise": "Decided on a pointwise interval, not on a simultaneous band: one of many looks.",
     "onset_may_be_absent": "The data do not exclude that there is no layer at which attenuation begins.",
+    "single_concept": "One concept only: nothing tells how much concepts of this group differ, so there is no interval.",
+    "sign_reversed": "The aligned model's answer moves the other way: more than all of the base's coupling is gone.",
+    "insane_boundary": "The hybrid cut here is no language model any more (twice the perplexity on neutral texts): its answers say nothing.",
+    "merged": "The share of this block and of those before it back to the last usable cut.",
+    "mapped": "The two models hold things in different bases here: a map fitted on neutral texts stands at the cut.",
     "no_onset": "No layer at which attenuation begins fits the data.",
 }
 """Flag → explanation, in the words of the method."""

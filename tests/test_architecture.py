@@ -25,7 +25,7 @@ FLOORS = (
     {"readouts"},
     {"attenuation", "expression", "stitching", "scorecard", "secondary"},
     {"verdicts", "stages", "phantoms", "attacks"},
-    {"ledger", "specs"},
+    {"ledger", "specs", "summaries"},
     {"study", "calibration"},
     {"wording", "drawing"},
     {"tables", "coupling_plots", "stitching_plots"},
