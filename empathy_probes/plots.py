@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
+from empathy_probes.attribution_plots import attribution_figure
 from empathy_probes.drawing import (
     BLACK,
     BLUE,
@@ -34,7 +35,7 @@ from empathy_probes.drawing import (
 )  # fmt: skip
 from empathy_probes.errors import InputError
 
-FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {}
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {"attribution": attribution_figure}
 """Key of a result → its figure, from its table; attenuation, the first of them, is drawn below."""
 
 

@@ -32,6 +32,10 @@ FLAGS: dict[str, str] = {
     "no_chat_template": "The aligned tokenizer has no chat template, so only raw text was measured.",
     "decided_pointwise": "Decided on a pointwise interval, not on a simultaneous band: one of many looks.",
     "onset_may_be_absent": "The data do not exclude that there is no layer at which attenuation begins.",
+    "aligned_not_detected": "The aligned model does not show this contrast beyond noise here.",
+    "base_direction": "Read along the base's direction in both models, not along each one's own.",
+    "beyond_band": "The difference is not 0: it lies beyond the 95 % band that holds for all components at once.",
+    "inexact_sum": "The components miss the score by more than 1 %: rounding of the model's half-precision numbers.",
     "no_onset": "No layer at which attenuation begins fits the data.",
 }
 """Flag → explanation, in the words of the method."""

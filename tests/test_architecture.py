@@ -20,21 +20,21 @@ FLOORS = (
     {"kernels", "stimuli", "activations", "grammar"},
     {"prompts", "probes", "coding", "concepts", "contrasts", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls"},
-    {"pairs", "extraction", "decisions", "measurements"},
+    {"pairs", "extraction", "decisions", "measurements", "lens"},
     {"design", "planting", "redraws", "rows"},
     {"readouts"},
-    {"attenuation", "expression", "stitching", "scorecard", "secondary"},
+    {"attenuation", "expression", "stitching", "attribution", "doctor", "scorecard", "secondary"},
     {"ledger", "phantoms", "specs", "attacks"},
     {"study", "calibration"},
     {"wording", "drawing"},
-    {"tables"},
+    {"tables", "attribution_plots"},
     {"plots"},
     {"report"},
     {"scorepage"},
     {"cli"},
 )
 # One-line methods of results that show themselves.
-QUESTIONS = ("attenuation", "expression", "stitching")
+QUESTIONS = ("attenuation", "expression", "stitching", "attribution")
 LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
 
 
