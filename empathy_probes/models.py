@@ -313,9 +313,8 @@ class Model:
         weight = inner.weight.detach()
         bias = getattr(inner, "bias", None)
         # torch's Linear keeps [out in], GPT-2's Conv1D [in out].
-        return weight.T if isinstance(
-            inner, torch.nn.Linear
-        ) else weight, None if bias is None else bias.detach()
+        stored = weight.T if isinstance(inner, torch.nn.Linear) else weight
+        return stored, None if bias is None else bias.detach()
 
     @cached_property
     def additivity_refusal(self) -> str | None:
