@@ -17,18 +17,21 @@ __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _MODULES = {
+    "attribution": ("Attribution", "attribute", "attribute_design", "largest_writers", "load_attribution"),
     "attenuation": ("Finding", "load_finding", "measure", "measure_attenuation"),
     "calibration": ("calibrate",),
     "concepts": (
         "Concept", "list_concepts", "load_concept", "load_concept_file", "load_controls", "load_neutral", "load_targets",
     ),
     "design": ("Design", "Settings", "design_study"),
+    "doctor": ("Checkup", "examine"),
     "errors": ("EmpathyProbesError", "InputError", "NonFiniteError", "ProvenanceError", "StoreError"),
     "expression": ("Coupling", "measure_coupling"),
     "interventions": (
         "add_vector", "at_positions", "mean_ablate", "project_out", "replace_component", "replace_with",
     ),
     "ledger": ("Headline", "headlines"),
+    "lens": ("LogitLens", "logit_lens"),
     "models": ("Model", "Run", "load_model"),
     "pairs": ("ModelPair", "load_pair", "make_pair"),
     "phantoms": ("build_phantom", "list_phantoms", "load_phantom", "load_phantom_concepts", "phantom_truth", "write_phantom"),
@@ -60,6 +63,13 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from empathy_probes.attenuation import Finding, load_finding, measure, measure_attenuation
+    from empathy_probes.attribution import (
+        Attribution,
+        attribute,
+        attribute_design,
+        largest_writers,
+        load_attribution,
+    )
     from empathy_probes.calibration import calibrate
     from empathy_probes.concepts import (
         Concept,
@@ -71,6 +81,7 @@ if TYPE_CHECKING:
         load_targets,
     )
     from empathy_probes.design import Design, Settings, design_study
+    from empathy_probes.doctor import Checkup, examine
     from empathy_probes.errors import (
         EmpathyProbesError,
         InputError,
@@ -88,6 +99,7 @@ if TYPE_CHECKING:
         replace_with,
     )
     from empathy_probes.ledger import Headline, headlines
+    from empathy_probes.lens import LogitLens, logit_lens
     from empathy_probes.models import Model, Run, load_model
     from empathy_probes.pairs import ModelPair, load_pair, make_pair
     from empathy_probes.phantoms import (

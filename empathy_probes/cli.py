@@ -111,6 +111,17 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_phantom(commands, anywhere)
 
+    doctor = commands.add_parser(
+        "doctor",
+        parents=[anywhere],
+        help="try on a checkpoint what measurements rest on: one verdict line each",
+    )
+    doctor.add_argument("model", metavar="MODEL", help="hub id, ID@REVISION, or folder")
+    doctor.add_argument("--dtype", help="default: the checkpoint's")
+    doctor.add_argument("--device", help="default: the best there is")
+    doctor.add_argument("--json", action="store_true", help="print the verdicts as JSON")
+    doctor.set_defaults(command=_doctor)
+
     calibrate = commands.add_parser(
         "calibrate", parents=[anywhere], help="measure the instrument on pairs of known truth: its scorecard"
     )
@@ -371,6 +382,29 @@ def _phantom(args: argparse.Namespace) -> int:
             f"Attenuation of {getattr(concept, 'name', concept)}, measured on {truth['n_scenarios']} scenarios: {shown}."
         )
     print(f"Try it: empathy-probes compare {out / 'base'} {out / 'aligned'}{_same_texts(args)}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from empathy_probes.doctor import examine
+
+    found = examine(args.model, dtype=args.dtype, device=args.device)
+    if args.json:
+        checks = [{"check": c.check, "verdict": c.verdict, "words": c.words} for c in found.checks]
+        print(
+            json.dumps(
+                {
+                    "model": found.model,
+                    "architecture": found.architecture,
+                    "verdict": found.verdict,
+                    "checks": checks,
+                },
+                ensure_ascii=False,
+            )
+        )
+        return 0
+    for c in found.checks:
+        print(f"{c.verdict:<4}  {c.check:<10}  {c.words}")
     return 0
 
 

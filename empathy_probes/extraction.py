@@ -122,7 +122,7 @@ def extract(
     Args:
         model: runs the prompts.
         prompts: what to run; each carries its read positions.
-        components: TransformerLens names such as `resid_post`; a layer of −1 exists for that one only.
+        components: TransformerLens names such as `resid_post` or `z`; a layer of −1 exists for the former only.
         layers: 0-based blocks, −1 for the input of block 0.
         store: where finished and unfinished work is kept.
         budget: padded tokens per batch.
@@ -143,15 +143,17 @@ def extract(
     stored = {component: store.read(key) for component, key in keys.items()}
     pooled = {component: entry["acts"] for component, entry in stored.items() if entry is not None}
     missing = [component for component in components if component not in pooled]
-    sites = [Site(layer, component) for component in missing for layer in wanted[component]]
     logger.info(
         "%s in '%s': %d texts, %s from the store, %s to run",
         label, model.name, len(prompts), ", ".join(pooled) or "nothing", ", ".join(missing) or "nothing",
     )  # fmt: skip
-    if sites:
-        work = digest_of([keys[component] for component in missing])
+    # One pass over the prompts for all places of one width; heads may be wider or narrower than the stream.
+    for width in dict.fromkeys(map(model.width, missing)):
+        group = [component for component in missing if model.width(component) == width]
+        sites = [Site(layer, component) for component in group for layer in wanted[component]]
+        work = digest_of([keys[component] for component in group])
         acts = _compute(model, prompts, sites, store, work, budget, label)
-        for component in missing:
+        for component in group:
             rows = [i for i, site in enumerate(sites) if site.component == component]
             pooled[component] = np.ascontiguousarray(acts[:, rows])
             store.write(keys[component], {"acts": pooled[component]})
@@ -171,9 +173,10 @@ def _compute(
     budget: int,
     label: str,
 ) -> np.ndarray:
-    """`[n site d_model]` in one pass over the prompts; parts of it are kept under the key `work`."""
-    plan = plan_extraction(prompts, len(sites), model.d_model, budget)
-    acts = np.zeros((len(prompts), len(sites), model.d_model), np.float32)
+    """`[n site width]` in one pass over the prompts; parts of it are kept under the key `work`."""
+    width = model.width(sites[0].component)
+    plan = plan_extraction(prompts, len(sites), width, budget)
+    acts = np.zeros((len(prompts), len(sites), width), np.float32)
     done = np.zeros(len(prompts), bool)
     for part in store.read_parts(work):
         acts[part["rows"]], done[part["rows"]] = part["acts"], True

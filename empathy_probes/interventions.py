@@ -25,6 +25,15 @@ def add_vector(vector: Float[Tensor, " d_model"], coefficient: float) -> Edit:
     return edit
 
 
+def add_values(values: Float[Tensor, "batch pos d_model"]) -> Edit:
+    """Add another amount at every position of every row."""
+
+    def edit(acts: Tensor) -> Tensor:
+        return acts + values.to(acts)
+
+    return edit
+
+
 def project_out(direction: Float[Tensor, " d_model"]) -> Edit:
     """Remove the component along `direction`. Applying it twice is applying it once."""
     unit = direction / direction.norm()

@@ -52,6 +52,8 @@ _UNLOADABLE = (
     AttributeError,
     SafetensorError,
 )
+# Of states times directions that `head_slopes` holds at once.
+SLOPE_NUMBERS = 1 << 22
 # Config entries that name or describe a checkpoint without changing what it computes.
 _IDLE_CONFIG = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
@@ -117,6 +119,10 @@ class Model:
     def d_head(self) -> int:
         """Width of one head."""
         return int(self.bridge.cfg.d_head)
+
+    def width(self, component: str) -> int:
+        """Width of what is read at a component: the residual stream's, or that of all heads side by side."""
+        return self.n_heads * self.d_head if component == HEADS else self.d_model
 
     @property
     def d_vocab(self) -> int:
@@ -299,6 +305,56 @@ class Model:
         tolerance = {"float32": 1e-4, "float64": 1e-6}.get(self.dtype, 3e-2) * max(scale, 1e-6)
         return None if miss <= tolerance else f"they miss what each alone gives by {miss:.2g}"
 
+    def attention_output(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "d_attn d_model"], Float[Tensor, " d_model"] | None]:
+        """Output projection of a block's attention: it writes `z @ weight + bias`, head h by rows h·d_head and on of `weight`."""
+        inner = self.bridge.blocks[layer].attn.o.original_component
+        weight = inner.weight.detach()
+        bias = getattr(inner, "bias", None)
+        # torch's Linear keeps [out in], GPT-2's Conv1D [in out].
+        stored = weight.T if isinstance(inner, torch.nn.Linear) else weight
+        return stored, None if bias is None else bias.detach()
+
+    @cached_property
+    def additivity_refusal(self) -> str | None:
+        """Why the residual stream is not the sum of what embedding, heads and MLPs write; None where one batch showed it is.
+
+        Post-norm blocks (Gemma 2 and 3, OLMo 2) normalise what attention made of all heads before it is added: no head
+        has a write of its own there.
+        """
+        texts = [[(7 * i + 3) % self.d_vocab for i in range(length)] for length in (6, 4)]
+        batch = pad_tokens(texts, self.device)
+        real, layers = batch.mask.bool(), range(self.n_layers)
+        parts = [Site(layer, c) for layer in layers for c in ("attn_out", "mlp_out", HEADS)]
+        try:
+            with torch.inference_mode():
+                sites = [*(Site(layer) for layer in range(-1, self.n_layers)), *parts]
+                acts = {
+                    site: found[real].float()
+                    for site, found in self.run(batch, sites, last_layer=self.n_layers - 1).acts.items()
+                }
+                heads = []
+                for layer in layers:
+                    weight, bias = self.attention_output(layer)
+                    made = acts[Site(layer, HEADS)] @ weight.float()
+                    heads.append(made if bias is None else made + bias.float())
+        except (RuntimeError, TypeError, AttributeError, LookupError, EmpathyProbesError) as error:
+            return f"its components cannot be read ({type(error).__name__}: {error})"
+        tolerance = {"float32": 1e-4, "float64": 1e-4}.get(self.dtype, 3e-2)
+        for layer in layers:
+            attention, mlp = acts[Site(layer, "attn_out")], acts[Site(layer, "mlp_out")]
+            miss = _relative_miss(acts[Site(layer - 1)] + attention + mlp, acts[Site(layer)])
+            if miss > tolerance:
+                return f"what attention and MLP of block {layer} write misses what the block adds to the stream by {miss:.1%}"
+            miss = _relative_miss(heads[layer], attention)
+            if miss > tolerance:
+                return (
+                    f"the heads of block {layer} together miss what its attention writes by {miss:.0%}: they are normalised or "
+                    "scaled together before they are added"
+                )
+        return None
+
     def replay(
         self,
         run: Run,
@@ -474,6 +530,24 @@ class Model:
             logits = torch.einsum("kd,krd->kr", normed, weight[rows])
         return self._cap(logits if bias is None else logits + bias[rows])
 
+    def head_slopes(
+        self, states: Float[Tensor, "k d_model"], directions: Float[Tensor, "m d_model"]
+    ) -> Float[Tensor, "m d_vocab"]:
+        """How fast every logit changes as states after the last block move along each direction: the mean over the states.
+
+        An exact derivative, through the final norm, its gain and the unembedding; before a soft cap, which keeps the order.
+        """
+
+        def move(direction: Tensor) -> Tensor:
+            def norm(x: Tensor) -> Tensor:
+                return self.bridge.ln_final(x[:, None])[:, 0]
+
+            return torch.func.jvp(norm, (states,), (direction.expand_as(states),))[1].mean(0)
+
+        with torch.no_grad():
+            normed = torch.func.vmap(move, chunk_size=max(1, SLOPE_NUMBERS // states.numel()))(directions)
+            return normed @ self.bridge.unembed.original_component.weight.T
+
     def _unembed(self, state: Tensor) -> Tensor:
         return self._cap(self.bridge.unembed(self.bridge.ln_final(state)))
 
@@ -536,6 +610,11 @@ class Model:
                 f"the edit at {silent[0]} never fired in '{self.name}' ({self.architecture}): this architecture has no "
                 "such place; choose another site"
             )
+
+
+def _relative_miss(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference, each relative to the value wanted there and the usual size of all of them."""
+    return ((got - wanted).abs() / (wanted.abs() + wanted.std().clamp(min=1e-12))).max().item()
 
 
 def _edit(site: Site, edit: Edit, fired: set[Site], d_head: int) -> Callable[..., Tensor]:

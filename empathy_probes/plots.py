@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
+from empathy_probes.attribution_plots import attribution_figure
 from empathy_probes.coupling_plots import coupling_figure
 from empathy_probes.drawing import (
     BLACK,
@@ -39,6 +40,7 @@ from empathy_probes.stitching_plots import stitching_figure
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "coupling": coupling_figure,
     "stitching": stitching_figure,
+    "attribution": attribution_figure,
 }
 """Key of a result → its figure, from its table; attenuation, the first of them, is drawn below."""
 

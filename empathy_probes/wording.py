@@ -37,6 +37,10 @@ FLAGS: dict[str, str] = {
     "insane_boundary": "The hybrid cut here is no language model any more (twice the perplexity on neutral texts): its answers say nothing.",
     "merged": "The share of this block and of those before it back to the last usable cut.",
     "mapped": "The two models hold things in different bases here: a map fitted on neutral texts stands at the cut.",
+    "aligned_not_detected": "The aligned model does not show this contrast beyond noise here.",
+    "base_direction": "Read along the base's direction in both models, not along each one's own.",
+    "beyond_band": "The difference is not 0: it lies beyond the 95 % band that holds for all components at once.",
+    "inexact_sum": "The components miss the score by more than 1 %: rounding of the model's half-precision numbers.",
     "no_onset": "No layer at which attenuation begins fits the data.",
 }
 """Flag → explanation, in the words of the method."""

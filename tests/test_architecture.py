@@ -20,15 +20,15 @@ FLOORS = (
     {"kernels", "stimuli", "activations", "grammar"},
     {"prompts", "probes", "coding", "concepts", "contrasts", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls"},
-    {"pairs", "extraction", "decisions", "measurements"},
+    {"pairs", "extraction", "decisions", "measurements", "lens"},
     {"design", "planting", "redraws", "rows"},
     {"readouts"},
-    {"attenuation", "expression", "stitching", "scorecard", "secondary"},
+    {"attenuation", "expression", "stitching", "attribution", "doctor", "scorecard", "secondary"},
     {"verdicts", "stages", "phantoms", "attacks"},
     {"ledger", "specs", "summaries"},
     {"study", "calibration"},
     {"wording", "drawing"},
-    {"tables", "coupling_plots", "stitching_plots"},
+    {"tables", "coupling_plots", "stitching_plots", "attribution_plots"},
     {"plots", "pages"},
     {"effects"},
     {"report"},
@@ -36,7 +36,7 @@ FLOORS = (
     {"cli"},
 )
 # One-line methods of results that show themselves.
-QUESTIONS = ("attenuation", "expression", "stitching")
+QUESTIONS = ("attenuation", "expression", "stitching", "attribution")
 LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from empathy_probes.batches import Pool, pack_tokens, pad_tokens
 from empathy_probes.errors import EmpathyProbesError, InputError
 from empathy_probes.interventions import (
+    add_values,
     add_vector,
     at_positions,
     mean_ablate,
@@ -281,6 +282,7 @@ def test_edits_are_pure_functions_of_a_tensor() -> None:
     torch.testing.assert_close(project_out(vector)(once), once)
     torch.testing.assert_close(once @ vector, torch.zeros(2, 3), atol=1e-5, rtol=0)
     torch.testing.assert_close(add_vector(vector, 2.0)(acts), acts + 2 * vector)
+    assert torch.equal(add_values(kept)(acts), 2 * acts)
     other = torch.randn(2, 3, 8)
     mixed = replace_component(other, vector)(acts)
     torch.testing.assert_close(mixed @ vector, other @ vector, atol=1e-4, rtol=1e-4)
@@ -536,3 +538,21 @@ def test_sampling_follows_the_seed_and_leaves_the_global_stream_alone(llama: Mod
     for wrong in ({"template": "chat"}, {"template": "x"}, {"max_new_tokens": 100}):
         with pytest.raises(InputError):
             llama.generate("the man", **wrong)
+
+
+def test_heads_through_the_output_projection_are_what_attention_writes(model: Model) -> None:
+    assert model.additivity_refusal is None
+    for layer in range(model.n_layers):
+        heads, whole = Site(layer, "z"), Site(layer, "attn_out")
+        acts = model.run(TEXTS, read=[heads, whole]).acts
+        weight, bias = model.attention_output(layer)
+        assert weight.shape == (model.width("z"), model.d_model)
+        made = acts[heads] @ weight + (0 if bias is None else bias)
+        torch.testing.assert_close(made, acts[whole], **CLOSE)
+
+
+def test_a_block_that_scales_what_it_writes_is_not_additive_by_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model((tiny_llama(2), word_tokenizer()), device="cpu")
+    plain = Model.attention_output
+    monkeypatch.setattr(Model, "attention_output", lambda self, layer: (2 * plain(self, layer)[0], None))
+    assert "heads of block 0 together miss what its attention writes" in str(model.additivity_refusal)
