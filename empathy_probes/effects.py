@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from pandas import DataFrame
 
 from empathy_probes import wording
+from empathy_probes.attribution_plots import attribution_figure, attribution_plotly
 from empathy_probes.coupling_plots import coupling_figure, coupling_plotly
 from empathy_probes.pages import Picture, Section, Tables, head_and_rows, make_picture, parts, slug
 from empathy_probes.stitching_plots import stitching_figure, stitching_plotly
@@ -59,13 +60,28 @@ EFFECTS = {
         stitching_figure,
         stitching_plotly,
     ),
+    "attribution": Effect(
+        "Who writes it?",
+        "The residual stream is a sum of what the embedding, every head and every MLP write. Along a concept's direction each term is "
+        "one component's direct contribution to the contrast, in units of the stream's rms, and they sum to the whole. A component can "
+        "also act through later ones, which is not seen here.",
+        "what attention and MLP of each block write along the concept's direction in both models, and the difference",
+        attribution_figure,
+        attribution_plotly,
+    ),
 }
 """Table → how it is shown, in the order of the page."""
 
 
 def effect_section(key: str, study: Tables) -> list[Section]:
     """The section of one table of the stages use and express."""
-    effect, frame = EFFECTS[key], study.tables[key]
+    effect, frame = EFFECTS[key], study.tables[key].copy()
+    encoded = study.tables["attenuation"]
+    counts = encoded.groupby("concept")["n_scenarios"].max()
+    frame.attrs |= {
+        "n_scenarios": {str(name): int(n) for name, n in counts.items() if pd.notna(n)},
+        "n_layers": study.manifest["base"]["n_layers"],
+    }
     order = {"shared": 0, "raw": 1}
     templates = sorted(frame["template"].unique(), key=lambda name: order.get(name, 2))
     ledger = {str(row["concept"]): row for row in study.tables["ledger"].to_dict("records")}
@@ -91,7 +107,7 @@ def _sentence(row: Mapping[Any, Any]) -> str:
     return f"{verdict}{missing}. {told}."
 
 
-def _picture(key: str, effect: Effect, frame: DataFrame, concept: str, template: str) -> Picture:
+def _picture(key: str, effect: Effect, frame: pd.DataFrame, concept: str, template: str) -> Picture:
     chosen: dict[str, Any] = {"template": template, **({"concept": concept} if concept else {})}
     name = " · ".join(part for part in (concept, wording.TEMPLATES.get(template, template)) if part)
     return make_picture(

@@ -8,11 +8,13 @@ and the study says so, while a model that cannot be continued from a state is re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from empathy_probes.attenuation import TYPES as FINDING_TYPES
 from empathy_probes.attenuation import Finding, measure
+from empathy_probes.attribution import TYPES as ATTRIBUTION_TYPES
+from empathy_probes.attribution import Attribution, attribute_design
 from empathy_probes.design import Design, Settings
 from empathy_probes.errors import InputError
 from empathy_probes.expression import CoupledConcept, Coupling, couple
@@ -35,6 +37,25 @@ class Question:
     """Why this design cannot be asked it, in words for the report; None where it can."""
 
 
+def _targets(design: Design) -> Design:
+    """The same without controls: what is asked of single components needs none."""
+    return replace(design, concepts=tuple(c for c in design.concepts if c.role == "target"))
+
+
+def _attribute(design: Design, settings: Settings, store: Store) -> Attribution:
+    # Total effects ablate every component in turn: a notebook's question, not every study's.
+    return attribute_design(_targets(design), settings, store, total_effects=False)
+
+
+def _not_additive(design: Design) -> str | None:
+    refusals = [model.additivity_refusal for model in design.pair.models if model.additivity_refusal]
+    if refusals:
+        return f"what blocks write does not add up in this architecture ({refusals[0]})"
+    if all(c.stimuli.kind == "categorical" for c in _targets(design).concepts):
+        return "every target has categories, which have no single direction"
+    return None
+
+
 def _own(design: Design) -> str | None:
     if "own" in design.templates:
         return "the template 'own' gives each model its own tokens, and these need the same ones in both"
@@ -45,9 +66,11 @@ QUESTIONS = (
     Question("attenuation", "encode", measure),
     Question("coupling", "express", couple),
     Question("stitching", "use", stitch_design, _own),
+    Question("attribution", "use", _attribute, _not_additive),
 )
 TYPES = {
     **FINDING_TYPES,
+    **ATTRIBUTION_TYPES,
     **{cls.__name__: cls for cls in (Coupling, CoupledConcept, Stitching, StitchedConcept)},
 }
 """Every dataclass that a saved study may hold, by name."""

@@ -220,7 +220,9 @@ class Stitching:
                             "neutral_perplexity": np.exp(self.neutral_loss[at, order, i]), "flags": ";".join(flags),
                         }
                     )  # fmt: skip
-        return pd.DataFrame(rows, columns=STITCHING_COLUMNS)
+        frame = pd.DataFrame(rows, columns=STITCHING_COLUMNS)
+        frame.attrs["n_scenarios"] = {c.concept: len(c.units) for c in self.concepts}
+        return frame
 
     def save(self, path: str | Path) -> None:
         """Save as one safetensors file with a JSON header."""

@@ -73,7 +73,9 @@ def _sheet(frame: pd.DataFrame, concept: str | None, template: str | None) -> Sh
         ),
     )  # fmt: skip
     strange = rows["flags"].astype(str).str.contains("insane_boundary").any()
-    caption = f"stitching · {name} · {chosen}" + (
+    n = frame.attrs.get("n_scenarios", {}).get(name)
+    counted = f" · n = {n} scenarios" if n else ""
+    caption = f"stitching · {name} · {chosen}{counted}" + (
         " · blanks: no language model at that cut" if strange else ""
     )
     return Sheet(
