@@ -17,15 +17,19 @@ __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _MODULES = {
+    "ablation": ("Ablation", "ablate"),
     "attenuation": ("Finding", "load_finding", "measure", "measure_attenuation"),
     "calibration": ("calibrate",),
     "concepts": (
         "Concept", "list_concepts", "load_concept", "load_concept_file", "load_controls", "load_neutral", "load_targets",
     ),
     "design": ("Design", "Settings", "design_study"),
+    "directions": ("difference_of_means", "fit_vector", "pca_of_differences", "probe_weights"),
     "errors": ("EmpathyProbesError", "InputError", "NonFiniteError", "ProvenanceError", "StoreError"),
+    "gains": ("Gain",),
+    "interchange": ("Written", "read_vector", "write_vector"),
     "interventions": (
-        "add_vector", "at_positions", "mean_ablate", "project_out", "replace_component", "replace_with",
+        "add_vector", "at_positions", "cap_component", "mean_ablate", "project_out", "replace_component", "replace_with",
     ),
     "ledger": ("Headline", "headlines"),
     "models": ("Model", "Run", "load_model"),
@@ -35,10 +39,12 @@ _MODULES = {
     "scorecard": ("Scorecard", "load_scorecard"),
     "sites": ("Site",),
     "stats": ("Estimate",),
+    "steering": ("dose_response", "dose_response_design"),
     "stimuli": ("StimulusSet", "load_stimuli", "stimuli_from_rows"),
     "store": ("open_store",),
     "specs": ("StudySpec", "read_spec", "resolve"),
     "study": ("Study", "load_study", "run_study"),
+    "vectors": ("SteeringVector", "from_position", "neutral_rms", "only_positions"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -56,6 +62,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from empathy_probes.ablation import Ablation, ablate
     from empathy_probes.attenuation import Finding, load_finding, measure, measure_attenuation
     from empathy_probes.calibration import calibrate
     from empathy_probes.concepts import (
@@ -68,6 +75,7 @@ if TYPE_CHECKING:
         load_targets,
     )
     from empathy_probes.design import Design, Settings, design_study
+    from empathy_probes.directions import difference_of_means, fit_vector, pca_of_differences, probe_weights
     from empathy_probes.errors import (
         EmpathyProbesError,
         InputError,
@@ -75,9 +83,12 @@ if TYPE_CHECKING:
         ProvenanceError,
         StoreError,
     )
+    from empathy_probes.gains import Gain
+    from empathy_probes.interchange import Written, read_vector, write_vector
     from empathy_probes.interventions import (
         add_vector,
         at_positions,
+        cap_component,
         mean_ablate,
         project_out,
         replace_component,
@@ -99,6 +110,8 @@ if TYPE_CHECKING:
     from empathy_probes.sites import Site
     from empathy_probes.specs import StudySpec, read_spec, resolve
     from empathy_probes.stats import Estimate
+    from empathy_probes.steering import dose_response, dose_response_design
     from empathy_probes.stimuli import StimulusSet, load_stimuli, stimuli_from_rows
     from empathy_probes.store import open_store
     from empathy_probes.study import Study, load_study, run_study
+    from empathy_probes.vectors import SteeringVector, from_position, neutral_rms, only_positions

@@ -33,8 +33,9 @@ from empathy_probes.drawing import (
     plotly_sheet,
 )  # fmt: skip
 from empathy_probes.errors import InputError
+from empathy_probes.steering_plots import gain_figure
 
-FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {}
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {"gain": gain_figure}
 """Key of a result → its figure, from its table; attenuation, the first of them, is drawn below."""
 
 

@@ -20,21 +20,30 @@ FLOORS = (
     {"kernels", "stimuli", "activations", "grammar"},
     {"prompts", "probes", "coding", "concepts", "contrasts", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls"},
-    {"pairs", "extraction", "decisions", "measurements"},
+    {"pairs", "extraction", "decisions", "measurements", "vectors"},
     {"design", "planting", "redraws", "rows"},
-    {"readouts"},
-    {"attenuation", "expression", "stitching", "scorecard", "secondary"},
+    {"directions", "gains", "readouts"},
+    {
+        "ablation",
+        "attenuation",
+        "expression",
+        "interchange",
+        "scorecard",
+        "secondary",
+        "steering",
+        "stitching",
+    },
     {"ledger", "phantoms", "specs", "attacks"},
     {"study", "calibration"},
     {"wording", "drawing"},
-    {"tables"},
+    {"tables", "steering_plots"},
     {"plots"},
     {"report"},
     {"scorepage"},
     {"cli"},
 )
 # One-line methods of results that show themselves.
-QUESTIONS = ("attenuation", "expression", "stitching")
+QUESTIONS = ("attenuation", "expression", "gains", "stitching")
 LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
 
 
