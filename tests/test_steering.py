@@ -76,7 +76,7 @@ def test_a_response_is_that_of_an_edit_at_the_read_position_alone(
     model: Model, spec: ReadoutSpec, read: str
 ) -> None:
     made = [row | ({"read": {"span": row["text"].split()[0] + " " + row["text"].split()[1]}} if read == "span" else {})
-            for row in rows(6, 1)]  # fmt: skip
+            for row in rows(4, 1)]  # fmt: skip
     made = [row for row in made if row["text"].count(" ".join(row["text"].split()[:2])) == 1]
     both = {s for s in (r["scenario"] for r in made) if sum(r["scenario"] == s for r in made) == 2}
     stimuli = stimuli_from_rows([row for row in made if row["scenario"] in both], "demo")
@@ -94,7 +94,7 @@ def test_a_response_is_that_of_an_edit_at_the_read_position_alone(
     np.testing.assert_allclose(values[0, 1], read_out(model, asked), **CLOSE)
     for i, layer in enumerate((1, 3)):
         for d, dose in enumerate(doses):
-            for item in range(0, len(asked.items), 3):
+            for item in (0, len(asked.items) - 1):
                 push = torch.tensor(directions[item, i] * dose * rms[i], dtype=torch.float32)
                 edit = add_vector(push, 1.0)
 
@@ -189,10 +189,15 @@ def test_a_model_against_itself_has_lost_exactly_nothing(planted: ModelPair) -> 
         np.testing.assert_array_equal(values, 0)
 
 
+@pytest.fixture(scope="module")
+def unread() -> ModelPair:
+    return open_twin(list_bases()["llama-0"], "unread", "valence", 3, None)
+
+
 @pytest.mark.parametrize("seed", [11, 12, 13])
-def test_a_twin_that_does_not_read_has_lost_its_gain_and_not_the_concept(seed: int) -> None:
-    pair = open_twin(list_bases()["llama-0"], "unread", "valence", 3, None)
-    found = measure(pair, 30, seed)
+def test_a_twin_that_does_not_read_has_lost_its_gain(unread: ModelPair, seed: int) -> None:
+    # That it has not lost the concept is a law of the surgery, and tested there.
+    found = measure(unread, 30, seed, doses=(-0.1, 0.0, 0.1))
     (c,) = found.concepts
     lost = found.attenuation(c)
     assert (lost.lower > 0.8).all(), "before the block and after it"
@@ -233,8 +238,9 @@ def test_slope_bend_attenuation_and_ed50_of_known_lines() -> None:
     np.testing.assert_allclose(gain.curvatures(c), 0.5, atol=1e-9)
     lost = gain.attenuation(c)
     assert lost.lower[0] < 0.75 < lost.upper[0] and lost.upper[0] - lost.lower[0] < 0.02
-    # Half of a coupling of 4 is 2 nats, which a line of 8 per dose reaches at a quarter, and one of 2 (and a bend) before 1.
-    ed50 = made((8.0, 2.0)).ed50(c)
+    # Half of a coupling of 4 is 2 nats, which a line of 8 per dose reaches at a quarter, one of 2 at 1, and one of 1 not here.
+    straight = made((8.0, 2.0))
+    ed50 = straight.ed50(straight.concepts[0])
     assert ed50.value[0, 0] == pytest.approx(0.25, abs=0.01) and ed50.value[1, 0] == pytest.approx(
         1.0, abs=0.02
     )
