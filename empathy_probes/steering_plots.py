@@ -10,7 +10,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import ScalarFormatter
 
 from empathy_probes.drawing import (
     BLUE,
@@ -73,7 +73,12 @@ def gain_figure(
         axes[0].set_ylabel("readout (nats)")
         axes[0].legend(loc="best", fontsize=9)
         axes[1].set_title("What it costs: neutral texts steered throughout")
-        axes[1].set_ylabel("perplexity\n(log scale)")
+        wide = here["neutral_perplexity"].max() > 3 * here["neutral_perplexity"].min()
+        if wide:
+            axes[1].set_yscale("log", subs=(2, 5))
+            axes[1].yaxis.set_major_formatter(ScalarFormatter())
+            axes[1].yaxis.set_minor_formatter(ScalarFormatter())
+        axes[1].set_ylabel("perplexity\n(log scale)" if wide else "perplexity")
         axes[1].set_xlabel("dose (rms of the residual stream; label 0 ← 0 → label 1)")
         if several:
             _draw_slopes(axes[2], rows, shown)
@@ -173,9 +178,6 @@ def _draw_cost(axes: Axes, rows: pd.DataFrame, model: str) -> None:
         at_zero * BOUND, color=COLOURS[model], linewidth=1.0, linestyle=":",
         label=f"+{BOUND - 1:.0%} on dose 0" if model == "base" else "_",
     )  # fmt: skip
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(loc="upper center")
 
 
@@ -220,8 +222,9 @@ def _sheet(rows: pd.DataFrame, n: int | None) -> Sheet:
         value, lower, upper = (_numbers(slopes, f"slope{end}") for end in ("", "_lower", "_upper"))
         lines.append(Line(model, value, lower, upper, COLOURS[model]))
         low, high = _null_slopes(rows, model)
-        lines.append(Line(f"random directions, {model} (95 %)", high, None, None, COLOURS[model], "dash"))
-        lines.append(Line(f"random directions, {model} (95 %)", low, None, None, COLOURS[model], "dash"))
+        # One entry of the legend for both edges.
+        lines.append(Line(f"random ({model}, 95 %)", high, None, None, COLOURS[model], "dash"))
+        lines.append(Line("", low, None, None, COLOURS[model], "dash"))
         wrong.append(Line(model, _numbers(slopes, "wrong_way"), None, None, COLOURS[model]))
     ends: Float[np.ndarray, " end"] = np.concatenate(
         [edge for line in lines for edge in (line.y, line.lower, line.upper) if edge is not None]
