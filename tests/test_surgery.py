@@ -15,6 +15,7 @@ from empathy_probes.concepts import Concept
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract
 from empathy_probes.models import build_checkpoint
+from empathy_probes.pairs import ModelPair
 from empathy_probes.phantoms import build_phantom, load_phantom_concepts
 from empathy_probes.planting import FAMILIES, TRAINED, list_bases, open_twin
 from empathy_probes.prompts import render
@@ -123,14 +124,17 @@ def concepts() -> dict[str, Concept]:
 def sample(
     base: str, family: str, concepts: dict[str, Concept], *planted: Any, of: str = "valence"
 ) -> Sample:
-    pair = open_twin(BASES[base], family, *(planted or ("valence", None, None)))
+    return sample_of_pair(open_twin(BASES[base], family, *(planted or ("valence", None, None))), concepts[of])
+
+
+def sample_of_pair(pair: ModelPair, concept: Concept) -> Sample:
     store = open_store("memory://tests")
     acts = []
     for model in pair.models:
-        prompts = render(model.tokenizer, concepts[of].stimuli, "raw", "user")
+        prompts = render(model.tokenizer, concept.stimuli, "raw", "user")
         acts.append(extract(model, prompts, ("resid_post",), range(6), store)["resid_post"])
         store.clear()
-    return sample_of(concepts[of], acts)
+    return sample_of(concept, acts)
 
 
 def lost(s: Sample) -> np.ndarray:
@@ -167,18 +171,15 @@ def test_erased_stays_away_and_rerouted_comes_back(base: str, concepts: dict[str
 def test_unread_is_there_as_strong_as_it_was_and_nothing_answers_to_it(
     base: str, concepts: dict[str, Concept]
 ) -> None:
-    s = sample(base, "unread", concepts, "valence", 3, None)
+    pair = open_twin(BASES[base], "unread", "valence", 3, None)
+    s = sample_of_pair(pair, concepts["valence"])
     np.testing.assert_array_equal(s.differences[0, :, :3], s.differences[1, :, :3])
     assert abs(lost(s)).max() < 0.05
-    pair = open_twin(BASES[base], "unread", "valence", 3, None)
-    few = {name: load_phantom_concepts(40, 5, names=(name,)) for name in ("valence", "distance", "tense")}
-    for name, (targets, controls) in few.items():
-        concept = (*targets, *controls)[0]
-        coupling = []
-        for model in pair.models:
-            prompts = render(model.tokenizer, concept.stimuli, "raw", "user")
-            values = read_out(model, ask(model.tokenizer, concept.stimuli, prompts, "raw"))
-            coupling.append(scenario_coupling(values, concept.stimuli).mean())
+    for name in ("valence", "distance"):
+        (concept,), _ = load_phantom_concepts(15, 5, names=(name,))
+        prompts = render(pair.base.tokenizer, concept.stimuli, "raw", "user")
+        asked = ask(pair.base.tokenizer, concept.stimuli, prompts, "raw")
+        coupling = [scenario_coupling(read_out(m, asked), concept.stimuli).mean() for m in pair.models]
         kept = coupling[1] / coupling[0]
         assert abs(kept) < 0.1 if name == "valence" else abs(kept - 1) < 0.1
 
