@@ -18,6 +18,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _MODULES = {
     "attribution": ("Attribution", "attribute", "attribute_design", "largest_writers", "load_attribution"),
+    "ablation": ("Ablation", "ablate"),
     "attenuation": ("Finding", "load_finding", "measure", "measure_attenuation"),
     "calibration": ("calibrate",),
     "concepts": (
@@ -25,10 +26,13 @@ _MODULES = {
     ),
     "design": ("Design", "Settings", "design_study"),
     "doctor": ("Checkup", "examine"),
-    "errors": ("EmpathyProbesError", "InputError", "NonFiniteError", "ProvenanceError", "StoreError"),
     "expression": ("Coupling", "measure_coupling"),
+    "directions": ("difference_of_means", "fit_vector", "pca_of_differences", "probe_weights"),
+    "errors": ("EmpathyProbesError", "InputError", "NonFiniteError", "ProvenanceError", "StoreError"),
+    "gains": ("Gain",),
+    "interchange": ("Written", "read_vector", "write_vector"),
     "interventions": (
-        "add_vector", "at_positions", "mean_ablate", "project_out", "replace_component", "replace_with",
+        "add_vector", "at_positions", "cap_component", "mean_ablate", "project_out", "replace_component", "replace_with",
     ),
     "ledger": ("Headline", "headlines"),
     "lens": ("LogitLens", "logit_lens"),
@@ -40,11 +44,13 @@ _MODULES = {
     "sites": ("Site",),
     "stats": ("Estimate",),
     "stages": ("STAGES",),
+    "steering": ("dose_response", "dose_response_design"),
     "stimuli": ("StimulusSet", "load_stimuli", "stimuli_from_rows"),
     "stitching": ("Stitching", "stitch"),
     "store": ("open_store",),
     "specs": ("StudySpec", "read_spec", "resolve"),
     "study": ("Study", "load_study", "run_study"),
+    "vectors": ("SteeringVector", "from_position", "neutral_rms", "only_positions"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -62,6 +68,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from empathy_probes.ablation import Ablation, ablate
     from empathy_probes.attenuation import Finding, load_finding, measure, measure_attenuation
     from empathy_probes.attribution import (
         Attribution,
@@ -81,6 +88,7 @@ if TYPE_CHECKING:
         load_targets,
     )
     from empathy_probes.design import Design, Settings, design_study
+    from empathy_probes.directions import difference_of_means, fit_vector, pca_of_differences, probe_weights
     from empathy_probes.doctor import Checkup, examine
     from empathy_probes.errors import (
         EmpathyProbesError,
@@ -90,9 +98,12 @@ if TYPE_CHECKING:
         StoreError,
     )
     from empathy_probes.expression import Coupling, measure_coupling
+    from empathy_probes.gains import Gain
+    from empathy_probes.interchange import Written, read_vector, write_vector
     from empathy_probes.interventions import (
         add_vector,
         at_positions,
+        cap_component,
         mean_ablate,
         project_out,
         replace_component,
@@ -116,7 +127,9 @@ if TYPE_CHECKING:
     from empathy_probes.specs import StudySpec, read_spec, resolve
     from empathy_probes.stages import STAGES
     from empathy_probes.stats import Estimate
+    from empathy_probes.steering import dose_response, dose_response_design
     from empathy_probes.stimuli import StimulusSet, load_stimuli, stimuli_from_rows
     from empathy_probes.stitching import Stitching, stitch
     from empathy_probes.store import open_store
     from empathy_probes.study import Study, load_study, run_study
+    from empathy_probes.vectors import SteeringVector, from_position, neutral_rms, only_positions

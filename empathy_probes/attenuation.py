@@ -21,12 +21,14 @@ from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import did
 from empathy_probes.decisions import Judgement, judge, judge_controls
 from empathy_probes.design import Design, Settings, describe_design, design_study, neutral_name
+from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract
 from empathy_probes.measurements import Measurement, Views, measure_concept
 from empathy_probes.pairs import ModelPair
 from empathy_probes.probes import lexical_scores
 from empathy_probes.rows import COLUMNS, ONSET_COLUMNS, did_rows, lexical_row, measurement_rows
 from empathy_probes.store import Store, load_record, open_store, save_record
+from empathy_probes.vectors import SteeringVector, check_not_zero, make_vector
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,6 +73,63 @@ class Finding:
             for m in self.measurements
             if m.template == template and m.site == site and role in (None, m.role)
         )
+
+    def vector(
+        self,
+        model: str,
+        concept: str | None = None,
+        *,
+        layer: int | None = None,
+        template: str | None = None,
+        site: str | None = None,
+        category: str | None = None,
+    ) -> SteeringVector:
+        """Direction of a concept in one of the models, from label 0 to label 1, at one layer or at all measured.
+
+        Args:
+            model: base or aligned.
+            concept: may be left out where there is one target.
+            layer: 0-based block; all by default.
+            template, site: the first one measured by default.
+            category: needed where the concept has categories, and only there.
+
+        Raises:
+            InputError: there is no such direction, or it is zero at the layer; the message says what there is.
+        """
+        if model not in MODELS:
+            raise InputError(f"vector got the model '{model}', expected base or aligned; choose one")
+        targets = tuple(dict.fromkeys(m.concept for m in self.measurements if m.role == "target"))
+        if concept is None and len(targets) > 1:
+            raise InputError(
+                f"vector got no concept and the finding has {len(targets)} targets, expected one of {', '.join(targets)}; name it"
+            )
+        wanted = (concept or targets[0], template or self.templates[0], site or self.sites[0])
+        found = [m for m in self.measurements if (m.concept, m.template, m.site) == wanted]
+        if not found:
+            known = ", ".join(m.key for m in self.measurements)
+            raise InputError(
+                f"nothing was measured at {'/'.join(wanted)}, expected one of {known}; choose among these"
+            )
+        (m,) = found
+        if (category in m.categories) != bool(m.categories) or (category and not m.categories):
+            expected = f"one of {', '.join(m.categories)}" if m.categories else "none"
+            raise InputError(
+                f"vector got the category '{category}' of '{m.concept}', expected {expected}; choose so"
+            )
+        side, rows = MODELS.index(model), [i for i, block in enumerate(m.layers) if block >= 0]
+        contrast = m.categories.index(category) if category else 0
+        source = self.provenance[model]
+        made = make_vector(
+            m.directions[side, contrast][rows], [m.layers[i] for i in rows], site=m.site, concept=m.concept,
+            category=category or "", template=m.template, estimator=ESTIMATOR[m.kind],
+            model={name: source[name] for name in ("name", "revision", "weights", "architecture")},
+            rms=tuple(float(m.rms[side][i]) for i in rows), seed=self.settings.seed,
+            stimuli=self.provenance["concepts"][m.concept]["digest"], n_layers=self.n_layers,
+        )  # fmt: skip
+        if layer is None:
+            return made
+        check_not_zero(made.at(layer))
+        return made.at(layer)
 
     def judgements(self, template: str, site: str) -> Mapping[str, Judgement]:
         """The decision and its quantities for every concept, targets and controls."""
@@ -162,6 +221,12 @@ class Finding:
         return report.result_html(self)
 
 
+MODELS = ("base", "aligned")
+ESTIMATOR = {
+    "binary": "difference of means, label 1 minus label 0, raw activation units",
+    "graded": "slope of activations on the grade within scenarios, raw activation units per grade",
+    "categorical": "difference of means, this category minus the others, raw activation units",
+}
 TYPES = {cls.__name__: cls for cls in (Finding, Measurement, Settings, Views)}
 
 

@@ -138,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--json", action="store_true", help="print what was missed as JSON")
     calibrate.set_defaults(command=_calibrate)
 
+    _add_vector(commands, anywhere)
+
     store = commands.add_parser(
         "store", parents=[anywhere], help="size of the activation store, or emptying it"
     )
@@ -204,6 +206,29 @@ def _add_phantom(commands: Any, anywhere: _Parser) -> None:
     phantom.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
     phantom.add_argument("--json", action="store_true", help="print the truth as JSON")
     phantom.set_defaults(command=_phantom)
+
+
+def _add_vector(commands: Any, anywhere: _Parser) -> None:
+    vector = commands.add_parser(
+        "vector", parents=[anywhere], help="steering vectors in other tools' formats"
+    )
+    actions = vector.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
+    convert = actions.add_parser(
+        "convert",
+        parents=[anywhere],
+        help="from one format to another",
+        description="Formats: empathy_probes (.safetensors), gguf, persona_vectors (.pt), caa (a folder of vec_layer_N.pt), "
+        "numpy (.npz or a folder of .npy), neuronpedia (.json, written only). Layers are 0-based blocks.",
+    )
+    convert.add_argument("source", metavar="IN", help="file or folder")
+    convert.add_argument("target", metavar="OUT", help="file, or folder where a format has a file per layer")
+    convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="told by the name by default")
+    convert.add_argument("--to", dest="target_format", metavar="FORMAT", help="told by the name by default")
+    convert.add_argument(
+        "--layer", type=int, help="0-based block: the only one to keep, or where a single vector belongs"
+    )
+    convert.add_argument("--json", action="store_true", help="print what was written as JSON")
+    convert.set_defaults(command=_convert)
 
 
 def _split(values: Sequence[str], option: str) -> tuple[str, ...]:
@@ -439,6 +464,28 @@ def _calibrate(args: argparse.Namespace) -> int:
             f"missed: {r.metric} {r.value:.3f} [{r.lower:.3f}, {r.upper:.3f}], target {r.target}: {what}, {r.architecture}, n = {r.n}"
         )
     print(f"Scorecard: {page}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from empathy_probes.interchange import read_vector, write_vector
+
+    vector = read_vector(args.source, args.source_format, args.layer)
+    made = write_vector(vector, args.target, args.target_format)
+    left_out = [*vector.notes, *made.left_out]
+    if args.json:
+        print(
+            json.dumps(
+                {"out": str(made.path), "format": made.format, "layers": list(made.layers), "d_model": vector.d_model,
+                 "left_out": left_out},
+                ensure_ascii=False,
+            )
+        )  # fmt: skip
+        return 0
+    blocks = ", ".join(str(layer) for layer in made.layers)
+    print(f"{made.path} ({made.format}): blocks {blocks}, width {vector.d_model}")
+    for sentence in left_out:
+        print(f"not carried: {sentence}")
     return 0
 
 

@@ -67,6 +67,18 @@ def replace_component(
     return edit
 
 
+def cap_component(direction: Float[Tensor, " d_model"], lower: float, upper: float) -> Edit:
+    """Keep the component along `direction` between two bounds, in raw activation units, and the rest as it is."""
+    unit = direction / direction.norm()
+
+    def edit(acts: Tensor) -> Tensor:
+        u = unit.to(acts)
+        along = acts @ u
+        return acts + (along.clamp(lower, upper) - along).unsqueeze(-1) * u
+
+    return edit
+
+
 def mean_ablate(mean: Float[Tensor, " d_model"]) -> Edit:
     """Put one mean vector at every position."""
 

@@ -82,6 +82,8 @@ class _Place:
 
     positions: Int[Tensor, "batch pos"] | None = None
     """Counted from each row's first token, also where keys and values of earlier ones come from a cache."""
+    unedited: bool = False
+    """Edits that stay are passed over."""
 
 
 @dataclass(frozen=True)
@@ -426,6 +428,15 @@ class Model:
             )
 
     @contextlib.contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Pass over the edits of any `editing` around: what the model itself computes."""
+        before, self._place.unedited = self._place.unedited, True
+        try:
+            yield
+        finally:
+            self._place.unedited = before
+
+    @contextlib.contextmanager
     def _following(self) -> Iterator[None]:
         """Keep track of the positions that each forward pass runs."""
 
@@ -639,6 +650,8 @@ def _somewhere(
     """The edit at the chosen positions of the running pass; notes that there were any."""
 
     def there(acts: Tensor) -> Tensor:
+        if place.unedited:
+            return acts
         if where is None:
             edited.add(site)
             return edit(acts)

@@ -178,14 +178,14 @@ FAMILIES: dict[str, Callable[[Order], tuple[Checkpoint, Checkpoint]]] = {
     "planted": _with_concept(lambda o, w, a: planted(o.checkpoint, o.layer, o.keep, w, a)),
     "local": _with_concept(lambda o, w, a: planted(o.checkpoint, o.layer, o.keep, w, a, only_read=True)),
     "erased": _with_concept(lambda o, w, a: erased(o.checkpoint, o.layer, w, a, o.keep)),
-    "unread": _with_concept(lambda o, w, a: unread(o.checkpoint, o.layer, w)),
+    "unread": _with_concept(lambda o, w, a: unread(o.checkpoint, o.layer, w, a, o.keep)),
     "unsaid": _with_concept(lambda o, w, a: unsaid(o.checkpoint, w)),
 }
 """Family to a function that makes base and twin of it; base computes what the checkpoint computes."""
 TRAINED = ("continued", "rerouted")
-EXACT_BEFORE = ("planted", "local", "erased", "generic_gain")
+EXACT_BEFORE = ("planted", "local", "erased", "generic_gain", "unread")
 """Families that leave every block before theirs bit by bit as it was."""
-TUNED = ("planted", "local", "erased")
+TUNED = ("planted", "local", "erased", "unread")
 NEED_CONCEPT = ("generic_gain", "planted", "local", "erased", "unread", "unsaid")
 
 
@@ -215,7 +215,7 @@ def make_twin(
         InputError: the family is unknown or trained, or something it needs is missing or out of range.
     """
     layer = check_order(checkpoint, family, concept, layer, keep)
-    keep = 0.0 if family == "erased" else keep
+    keep = 0.0 if family in ("erased", "unread") else keep
     readings = where = None
     if family in NEED_CONCEPT and concept is not None:
         readings = read_states(model, concept, layer, checkpoint.layout.parallel, seed)

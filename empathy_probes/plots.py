@@ -35,12 +35,14 @@ from empathy_probes.drawing import (
     plotly_sheet,
 )  # fmt: skip
 from empathy_probes.errors import InputError
+from empathy_probes.steering_plots import gain_figure
 from empathy_probes.stitching_plots import stitching_figure
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "coupling": coupling_figure,
     "stitching": stitching_figure,
     "attribution": attribution_figure,
+    "gain": gain_figure,
 }
 """Key of a result → its figure, from its table; attenuation, the first of them, is drawn below."""
 

@@ -22,9 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from safetensors.numpy import save
 
 from empathy_probes import __version__
 from empathy_probes.attenuation import Finding, study_options
@@ -33,7 +31,6 @@ from empathy_probes.errors import InputError, ProvenanceError, StoreError
 from empathy_probes.ledger import headline_dicts, headlines, ledger_frame
 from empathy_probes.stages import TYPES, answer_questions, finding_of, plan_questions
 from empathy_probes.store import (
-    HEADER,
     SCHEMA_VERSION,
     check_schema,
     digest_of,
@@ -284,33 +281,16 @@ def _write_folder(study: Study, out: Path) -> None:
 
 # What of a category's name does not belong into the name of a file.
 UNSAFE = re.compile(r"[^\w]+")
-ESTIMATOR = {
-    "binary": "difference of means, label 1 minus label 0, raw activation units",
-    "graded": "slope of activations on the grade within scenarios, raw activation units per grade",
-    "categorical": "difference of means, this category minus the others, raw activation units",
-}
 
 
 def _save_vectors(finding: Finding, folder: Path) -> None:
     """One file per concept (or category of it), model, template and site: its direction at every block."""
     for m in finding.measurements:
-        rows = [i for i, layer in enumerate(m.layers) if layer >= 0]
-        blocks = [m.layers[i] for i in rows]
-        names = [f"{m.concept}-{UNSAFE.sub('-', category)}" for category in m.categories]
-        for side, model in enumerate(("base", "aligned")):
-            header = {
-                "schema_version": SCHEMA_VERSION, "concept": m.concept, "model": finding.provenance[model],
-                "template": m.template, "site": m.site, "layers": blocks, "layer_convention": "0-based block",
-                "estimator": ESTIMATOR[m.kind], "rms": [float(m.rms[side][i]) for i in rows],
-                "seed": finding.settings.seed, "stimuli": finding.provenance["concepts"][m.concept]["digest"],
-            }  # fmt: skip
-            for contrast, name in enumerate(names or [m.concept]):
-                direction = np.zeros((finding.n_layers, m.directions.shape[-1]), np.float32)
-                direction[blocks] = m.directions[side, contrast][rows]
-                own = header | ({"category": m.categories[contrast]} if names else {})
-                file = f"{name}.{model}.{m.template}.{m.site}.safetensors"
-                metadata = {HEADER: json.dumps(own, sort_keys=True)}
-                write_file(folder / file, save({"direction": direction}, metadata=metadata))
+        for model in ("base", "aligned"):
+            for category in m.categories or (None,):
+                vector = finding.vector(model, m.concept, template=m.template, site=m.site, category=category)
+                name = m.concept if category is None else f"{m.concept}-{UNSAFE.sub('-', category)}"
+                vector.save(folder / f"{name}.{model}.{m.template}.{m.site}.safetensors")
 
 
 def _jsonable(value: Any) -> Any:

@@ -507,18 +507,48 @@ def generic_gain(
     return base, base.change(new | {write + ".weight": whole})
 
 
-def unread(c: Checkpoint, k: int, where: Subspace) -> tuple[Checkpoint, Checkpoint]:
-    """No block after k reads the concept, which lies in the stream as `where` says; the stream and the head keep it."""
+def unread(
+    c: Checkpoint, k: int, where: Subspace, arrivals: Arrivals, keep: float = 0.0
+) -> tuple[Checkpoint, Checkpoint]:
+    """Block k hands the concept on, as strong as it was, where neither later blocks nor the head read.
+
+    At the read position it is moved from its own direction to one that later reads hardly see, and what they see of that is
+    taken out of them. (That later blocks merely do not read the concept where it lies is not enough: the head reads it off the
+    stream past them. And were the head alone to blame, nothing would be unread, only unsaid.)
+
+    Returns:
+        (base, twin), both widened alike: they are the same before block k.
+    """
+    aside = _least_read(c, k, where)
+    moved = Subspace(where.write[:, :1] - aside[:, None], where.read[:1], where.centre)
+    base, twin = planted(c, k, keep, moved, arrivals, only_read=True)
     lay, new = c.layout, {}
-    for layer in range(k + 1, c.n_layers):
-        for read, norm in lay.reads(layer):
-            gain = c.tensors[norm + ".weight"].double().numpy()
-            seen = torch.tensor(
-                gain[:, None] * where.projection / gain
-            )  # the projection in what the norm hands on
-            w = c.tensors[read + ".weight"].double()
-            new[read + ".weight"] = (w - seen.T @ w if lay.transposed else w - w @ seen).float()
-    return c, c.change(new)
+    reads = [place for layer in range(k + 1, c.n_layers) for place in lay.reads(layer)]
+    for read, norm in [(f"{read}.weight", norm) for read, norm in reads] + [(lay.head, lay.final_norm)]:
+        gain = c.tensors[norm + ".weight"].double().numpy()
+        seen = torch.tensor(np.outer(gain * aside, aside / gain))  # the direction in what the norm hands on
+        w = twin.tensors[read].double()
+        inputs_first = lay.transposed and read != lay.head
+        new[read] = (w - seen.T @ w if inputs_first else w - w @ seen).float()
+    return base.change({lay.head: base.tensors[lay.head].clone()}, tie_word_embeddings=False), twin.change(
+        new, tie_word_embeddings=False
+    )
+
+
+def _least_read(c: Checkpoint, k: int, where: Subspace) -> Float[np.ndarray, " d_model"]:
+    """The unit direction that blocks after k and the head respond to least, apart from the concept's own and the mean."""
+    lay = c.layout
+    reads = [
+        (f"{read}.weight", norm) for layer in range(k + 1, c.n_layers) for read, norm in lay.reads(layer)
+    ]
+    response = np.zeros((c.d_model, c.d_model))
+    for read, norm in [*reads, (lay.head, lay.final_norm)]:
+        w = c.tensors[read].double().numpy()
+        w = (w.T if lay.transposed and read != lay.head else w) * c.tensors[norm + ".weight"].double().numpy()
+        response += w.T @ w / (w**2).sum()
+    taken = np.column_stack([where.write, where.read.T, *([np.ones(c.d_model)] if lay.layer_norm else [])])
+    free = np.linalg.svd(taken, full_matrices=True)[0][:, np.linalg.matrix_rank(taken) :]
+    return np.asarray(free @ np.linalg.eigh(free.T @ response @ free)[1][:, 0])
 
 
 def unsaid(c: Checkpoint, where: Subspace) -> tuple[Checkpoint, Checkpoint]:

@@ -20,15 +20,25 @@ FLOORS = (
     {"kernels", "stimuli", "activations", "grammar"},
     {"prompts", "probes", "coding", "concepts", "contrasts", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls"},
-    {"pairs", "extraction", "decisions", "measurements", "lens"},
+    {"pairs", "extraction", "decisions", "measurements", "lens", "vectors"},
     {"design", "planting", "redraws", "rows"},
-    {"readouts"},
-    {"attenuation", "expression", "stitching", "attribution", "doctor", "scorecard", "secondary"},
-    {"verdicts", "stages", "phantoms", "attacks"},
+    {"directions", "gains", "readouts"},
+    {
+        "ablation",
+        "attenuation",
+        "attribution",
+        "doctor",
+        "expression",
+        "interchange",
+        "steering",
+        "stitching",
+    },
+    {"scorecard", "secondary", "verdicts", "stages", "phantoms"},
+    {"attacks"},
     {"ledger", "specs", "summaries"},
     {"study", "calibration"},
     {"wording", "drawing"},
-    {"tables", "coupling_plots", "stitching_plots", "attribution_plots"},
+    {"tables", "coupling_plots", "stitching_plots", "attribution_plots", "steering_plots"},
     {"plots", "pages"},
     {"effects"},
     {"report"},
@@ -36,7 +46,7 @@ FLOORS = (
     {"cli"},
 )
 # One-line methods of results that show themselves.
-QUESTIONS = ("attenuation", "expression", "stitching", "attribution")
+QUESTIONS = ("attenuation", "attribution", "expression", "gains", "stitching")
 LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
 
 

@@ -459,6 +459,17 @@ def test_edits_that_stay_equal_edits_of_one_run_may_be_nested_and_leave_nothing(
     assert torch.equal(model.run(TEXTS).logits, plain)
 
 
+def test_what_the_model_itself_computes_can_be_had_under_edits_that_stay(model: Model) -> None:
+    plain, edits = model.run(TEXTS).logits, {Site(1): add_vector(torch.ones(model.d_model), 3.0)}
+    with model.editing(edits):
+        with model.unedited():
+            assert torch.equal(model.run(TEXTS).logits, plain)
+        assert not torch.equal(model.run(TEXTS).logits, plain)
+    # What was passed over was not edited.
+    with pytest.raises(EmpathyProbesError, match="never fired"), model.editing(edits), model.unedited():
+        model.run(TEXTS)
+
+
 def test_an_edit_that_stayed_but_never_fired_is_an_error(llama: Model) -> None:
     edits = {Site(1): add_vector(torch.ones(llama.d_model), 1.0)}
     with pytest.raises(EmpathyProbesError, match="never fired"), llama.editing(edits):

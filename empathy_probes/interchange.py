@@ -1,0 +1,424 @@
+"""Other tools' vector files: read, written, and what each means by a layer.
+
+Ours                 safetensors with a JSON header; rows are 0-based blocks (`vectors`).
+GGUF                 control vectors as llama.cpp and repeng read them: `direction.N` is added after 0-based block N, at every
+                     position. N = 0 is refused by the loader, so that block 0 cannot be exported. Metadata is not looked at
+                     there; our header travels in one key of it and is read back.
+persona-vectors      `.pt` of `[n_layers + 1, d]`: index 0 is the embedding, index i what block i − 1 left.
+CAA                  a folder of `vec_layer_{i}.pt`, each `[d]`: what 0-based block i left.
+NumPy                `.npz`, or a folder of `.npy`: the last number in a name is the 0-based block; one array `[n_layers, d]` has
+                     a row per block.
+Neuronpedia          JSON, written only: arguments of its client's `NPVector.new`. Its layers are inputs (`hook_resid_pre`): what
+                     block L left is the input of L + 1, and what the last block left has no place.
+
+All of these mean the residual stream after a block. A format is one entry of `FORMATS`; numbers stay in raw activation units, and where a
+file says nothing else a direction's own length is one dose.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from empathy_probes.errors import InputError
+from empathy_probes.store import HEADER, write_file
+from empathy_probes.vectors import SteeringVector, load_vector, make_vector, vector_from_header
+
+logger = logging.getLogger(__name__)
+ARCHITECTURE = "controlvector"
+CAA_NAME = "vec_layer_{}.pt"
+HOOK = "hook_resid_pre"
+
+Reader = Callable[[Path, int | None], SteeringVector]
+"""From a file, and the block of a vector that does not say where it belongs, to all that is in it."""
+Writer = Callable[[SteeringVector, Path], Mapping[int, str]]
+"""Writes a vector and says which blocks of it the format cannot hold, and why."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file got."""
+
+    path: Path
+    format: str
+    """A key of `FORMATS`."""
+    layers: tuple[int, ...]
+    """0-based blocks written."""
+    left_out: tuple[str, ...]
+    """What could not be carried, one sentence each."""
+
+
+def read_vector(path: str | Path, format: str | None = None, layer: int | None = None) -> SteeringVector:
+    """Read a vector from any known format.
+
+    Args:
+        path: a file, or a folder of one file per layer.
+        format: a key of `FORMATS`; told by the path where None.
+        layer: the 0-based block of a vector that does not say where it belongs; of any other, the block wanted.
+
+    Raises:
+        InputError: the file is not of that format; the message says what was found.
+        StoreError: a file of ours that is damaged or of a newer version.
+    """
+    path = Path(path)
+    name = format or _format_of(path)
+    reader = _entry(name)[0]
+    if reader is None:
+        raise InputError(
+            f"format '{name}' can be written but not read, expected one of {', '.join(_readable())}; choose another"
+        )
+    if not path.exists():
+        raise InputError(
+            f"no vector at {path}: expected a file or folder of the format '{name}'; check the path"
+        )
+    found = reader(path, layer)
+    return found if layer is None else found.at(layer)
+
+
+def write_vector(vector: SteeringVector, path: str | Path, format: str | None = None) -> Written:
+    """Write a vector in any known format.
+
+    Args:
+        vector: at the residual stream after blocks, unless the format is our own.
+        path: the file, or the folder where a format has one file per layer.
+        format: a key of `FORMATS`; told by the path where None.
+
+    Returns:
+        What was written, and what the format could not hold.
+
+    Raises:
+        InputError: the format cannot hold this vector at all, or is read only.
+    """
+    path = Path(path)
+    name = format or _format_of(path)
+    writer = _entry(name)[1]
+    if name != OWN and vector.site != "resid_post":
+        raise InputError(
+            f"format '{name}' got a vector at {vector.site}, expected one at resid_post, the only site it knows; use {OWN}"
+        )
+    missing = writer(vector, path)
+    left_out = tuple(f"block {layer} is left out: {why}" for layer, why in missing.items())
+    for sentence in left_out:
+        logger.warning("%s: %s", path, sentence)
+    return Written(path, name, tuple(layer for layer in vector.layers if layer not in missing), left_out)
+
+
+def _entry(name: str) -> tuple[Reader | None, Writer]:
+    if name not in FORMATS:
+        raise InputError(
+            f"unknown vector format '{name}': expected one of {', '.join(FORMATS)}; choose one of these"
+        )
+    return FORMATS[name]
+
+
+def _readable() -> list[str]:
+    return [name for name, (reader, _) in FORMATS.items() if reader]
+
+
+def _format_of(path: Path) -> str:
+    if path.suffix in SUFFIXES:
+        if path.suffix == ".pt" and re.fullmatch(CAA_NAME.format(r"\d+"), path.name):
+            return "caa"
+        return SUFFIXES[path.suffix]
+    inside = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if any(re.fullmatch(CAA_NAME.format(r"\d+"), name) for name in inside):
+        return "caa"
+    if any(name.endswith(".npy") for name in inside):
+        return "numpy"
+    raise InputError(
+        f"the format of {path} cannot be told from its name, expected a suffix among {', '.join(SUFFIXES)}, or a folder with one file "
+        f"per layer; name the format, one of {', '.join(FORMATS)}"
+    )
+
+
+# ---------------------------------------------------------------- ours
+
+
+def _read_own(path: Path, layer: int | None) -> SteeringVector:
+    return load_vector(path)
+
+
+def _write_own(vector: SteeringVector, path: Path) -> Mapping[int, str]:
+    vector.save(path)
+    return {}
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise InputError(
+            "a GGUF file was asked for but the package gguf is not installed, expected it; pip install 'empathy-probes[gguf]'"
+        ) from None
+    return gguf
+
+
+def _read_gguf(path: Path, layer: int | None) -> SteeringVector:
+    """`direction.N` → block N."""
+    try:
+        reader = _gguf().GGUFReader(path)
+    except (ValueError, OSError, IndexError) as error:
+        raise InputError(
+            f"{path} is no GGUF file ({error}), expected a control vector; check the path"
+        ) from None
+
+    def text(key: str) -> str:
+        field = reader.get_field(key)
+        return "" if field is None else str(field.contents())
+
+    if text("general.architecture") != ARCHITECTURE:
+        raise InputError(
+            f"{path} is a GGUF file of the architecture '{text('general.architecture')}', expected '{ARCHITECTURE}'; give a control vector"
+        )
+    rows = {int(t.name.rpartition(".")[2]): np.array(t.data, np.float32) for t in reader.tensors
+            if re.fullmatch(r"direction\.\d+", t.name)}  # fmt: skip
+    own = text(f"{ARCHITECTURE}.{HEADER}")
+    if not own:
+        return _from_rows(rows, path, model={"name": text(f"{ARCHITECTURE}.model_hint")})
+    header = json.loads(own)
+    whole = np.zeros((max(rows) + 1, len(next(iter(rows.values())))), np.float32)
+    whole[list(rows)] = list(rows.values())
+    return vector_from_header(whole, header, path)
+
+
+def _write_gguf(vector: SteeringVector, path: Path) -> Mapping[int, str]:
+    """Block N → `direction.N`, 1-D F32; block 0 is left out, and alone it is refused."""
+    gguf = _gguf()
+    layers = [layer for layer in vector.layers if layer > 0]
+    if not layers:
+        raise InputError(
+            f"the vector '{vector.concept}' is at block 0 alone, which a GGUF control vector cannot hold (llama.cpp refuses direction.0), "
+            "expected a later block; choose another layer or format"
+        )
+    kept = replace(
+        vector, direction=vector.direction[-len(layers) :], unit=vector.unit[-len(layers) :], layers=tuple(layers),
+        rms=vector.rms[-len(layers) :],
+    )  # fmt: skip
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = gguf.GGUFWriter(partial, ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", _model_hint(vector.model))
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(layers))
+        writer.add_string(f"{ARCHITECTURE}.{HEADER}", json.dumps(kept.header(), sort_keys=True))
+        for layer, row in zip(layers, kept.direction, strict=True):
+            writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(row, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return {0: "llama.cpp refuses direction.0"} if len(layers) < len(vector.layers) else {}
+
+
+def _model_hint(model: Mapping[str, Any]) -> str:
+    """The kind of model as llama.cpp's tools write it, such as llama; only for people to read."""
+    architecture = re.sub(r"(ForCausalLM|LMHeadModel)$", "", str(model.get("architecture", "")))
+    return architecture.lower() or str(model.get("name", ""))
+
+
+# ---------------------------------------------------------------- torch files
+
+
+def _load_pt(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(
+            f"{path} cannot be read as tensors ({reason}), expected a file of tensors alone: anything else could run code; save the tensor again"
+        ) from None
+
+
+def _read_persona(path: Path, layer: int | None) -> SteeringVector:
+    """Index i → block i − 1; index 0, the embedding, has no block."""
+    found = _load_pt(path)
+    if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) < 2:
+        got = (
+            f"a tensor of shape {list(found.shape)}"
+            if isinstance(found, torch.Tensor)
+            else f"a {type(found).__name__}"
+        )
+        raise InputError(
+            f"{path} holds {got}, expected a tensor [n_layers + 1, d_model] whose index 0 is the embedding; name the format it is in"
+        )
+    rows = found.float().numpy()
+    note = ("index 0, the embedding, is no block",) if rows[0].any() else ()
+    return _from_rows(dict(enumerate(rows[1:])), path, notes=note, n_layers=len(rows) - 1)
+
+
+def _write_persona(vector: SteeringVector, path: Path) -> Mapping[int, str]:
+    """Block L → index L + 1; blocks that the vector has not, and the embedding, are zero."""
+    deep = vector.layers[-1] + 1 if vector.n_layers is None else vector.n_layers
+    whole = torch.zeros(deep + 1, vector.d_model)
+    whole[[layer + 1 for layer in vector.layers]] = torch.as_tensor(vector.direction)
+    _save_pt(whole, path)
+    return {}
+
+
+def _read_caa(path: Path, layer: int | None) -> SteeringVector:
+    """`vec_layer_{i}.pt` → block i; a single file of another name needs `layer`."""
+    if not path.is_dir():
+        return _from_rows({_block(path.name, path, layer): _row(_load_pt(path), path)}, path)
+    files = {
+        int(m[1]): file
+        for file in sorted(path.iterdir())
+        if (m := re.fullmatch(CAA_NAME.format(r"(\d+)"), file.name))
+    }
+    return _from_rows({block: _row(_load_pt(file), file) for block, file in files.items()}, path)
+
+
+def _write_caa(vector: SteeringVector, path: Path) -> Mapping[int, str]:
+    for layer, row in zip(vector.layers, vector.direction, strict=True):
+        _save_pt(torch.as_tensor(row).clone(), path / CAA_NAME.format(layer))
+    return {}
+
+
+def _save_pt(tensor: torch.Tensor, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensor, path)
+    except (OSError, RuntimeError) as error:
+        raise _unwritable(path, error) from None
+
+
+# ---------------------------------------------------------------- NumPy
+
+
+def _read_numpy(path: Path, layer: int | None) -> SteeringVector:
+    """The last number of a name → that block; one array of two axes → a row per block."""
+    try:
+        if path.is_dir():
+            arrays = {file.stem: np.load(file, allow_pickle=False) for file in sorted(path.glob("*.npy"))}
+        else:
+            loaded = np.load(path, allow_pickle=False)
+            arrays = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(
+            f"{path} cannot be read as arrays ({error}), expected .npy or .npz without objects; save it again"
+        ) from None
+    if len(arrays) == 1 and (only := next(iter(arrays.values()))).ndim == 2:
+        return _from_rows(dict(enumerate(np.asarray(only, np.float32))), path, n_layers=len(only))
+    rows: dict[int, Float[np.ndarray, " d_model"]] = {}
+    for name, array in arrays.items():
+        block = _block(name, path, layer if len(arrays) == 1 else None)
+        if block in rows:
+            raise InputError(f"{path} holds two arrays for block {block}, expected one each; rename one")
+        rows[block] = _row(array, path)
+    return _from_rows(rows, path)
+
+
+def _write_numpy(vector: SteeringVector, path: Path) -> Mapping[int, str]:
+    rows = {f"layer_{layer}": row for layer, row in zip(vector.layers, vector.direction, strict=True)}
+    if path.suffix == ".npy":
+        raise InputError(f"{path} would hold one array without layers, expected .npz or a folder; choose one")
+    if path.suffix == ".npz":
+        buffer = io.BytesIO()
+        np.savez(buffer, **rows)
+        write_file(path, buffer.getvalue())
+        return {}
+    for name, row in rows.items():
+        buffer = io.BytesIO()
+        np.save(buffer, row)
+        write_file(path / f"{name}.npy", buffer.getvalue())
+    return {}
+
+
+# ---------------------------------------------------------------- Neuronpedia
+
+
+def _write_neuronpedia(vector: SteeringVector, path: Path) -> Mapping[int, str]:
+    """What block L left → the input of block L + 1; what the last block left has no place there."""
+    deep = vector.n_layers
+    layers = [layer for layer in vector.layers if deep is None or layer < deep - 1]
+    if not layers:
+        raise InputError(
+            f"the vector '{vector.concept}' is after the last block alone, which is no block's input ({HOOK}), expected an earlier block; "
+            "choose another layer or format"
+        )
+    entries = [
+        {
+            "label": vector.concept, "model_id": str(vector.model.get("name", "")), "layer_num": layer + 1,
+            "hook_type": HOOK, "vector": [float(x) for x in vector.at(layer).direction[0]],
+            "default_steer_strength": 1.0,
+        }
+        for layer in layers
+    ]  # fmt: skip
+    write_file(path, json.dumps(entries, indent=1, ensure_ascii=False).encode())
+    return {
+        layer: f"what it leaves is no block's input ({HOOK})"
+        for layer in vector.layers
+        if layer not in layers
+    }
+
+
+# ---------------------------------------------------------------- shared
+
+
+def _row(found: Any, path: Path) -> Float[np.ndarray, " d_model"]:
+    array = found.float().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+    if array.ndim != 1 or array.dtype.kind != "f":
+        got = f"shape {list(array.shape)}" if array.dtype.kind == "f" else f"a {type(found).__name__}"
+        raise InputError(
+            f"{path} holds {got} for one layer, expected one vector [d_model] of numbers; name the format it is in"
+        )
+    return array.astype(np.float32)
+
+
+def _block(name: str, path: Path, layer: int | None) -> int:
+    numbers = re.findall(r"\d+", Path(name).stem)
+    if layer is None and not numbers:
+        raise InputError(
+            f"{path} does not say which block '{name}' belongs to, expected a number in the name; say it with layer (--layer)"
+        )
+    return int(numbers[-1]) if layer is None else layer
+
+
+def _from_rows(
+    rows: Mapping[int, Float[np.ndarray, " d_model"]], path: Path, **described: Any
+) -> SteeringVector:
+    if not rows or len({len(row) for row in rows.values()}) > 1:
+        got = f"lengths {sorted({len(row) for row in rows.values()})}" if rows else "no vector"
+        raise InputError(f"{path} holds {got}, expected vectors of one length; check the file")
+    layers = sorted(rows)
+    return make_vector(np.stack([rows[layer] for layer in layers]), layers, concept=path.stem, **described)
+
+
+def _unwritable(path: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(
+        f"{path} cannot be written ({reason}): expected a writable place with room; choose another"
+    )
+
+
+OWN = "empathy_probes"
+FORMATS: dict[str, tuple[Reader | None, Writer]] = {
+    OWN: (_read_own, _write_own),
+    "gguf": (_read_gguf, _write_gguf),
+    "persona_vectors": (_read_persona, _write_persona),
+    "caa": (_read_caa, _write_caa),
+    "numpy": (_read_numpy, _write_numpy),
+    "neuronpedia": (None, _write_neuronpedia),
+}
+"""Name of a format → how it is read (None: it is not) and written."""
+SUFFIXES = {
+    ".safetensors": OWN, ".gguf": "gguf", ".pt": "persona_vectors", ".npz": "numpy", ".npy": "numpy", ".json": "neuronpedia",
+}  # fmt: skip
