@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from empathy_probes.study import Study
 
 DEMO_PHANTOM = "planted-valence"
-DEMO_SCENARIOS = 100
+DEMO_SCENARIOS = 60
 DEMO_NEUTRAL = 1000
 
 

@@ -18,6 +18,7 @@ from empathy_probes import wording
 from empathy_probes.attribution_plots import attribution_figure, attribution_plotly
 from empathy_probes.coupling_plots import coupling_figure, coupling_plotly
 from empathy_probes.pages import Picture, Section, Tables, head_and_rows, make_picture, parts, slug
+from empathy_probes.steering_plots import gain_figure
 from empathy_probes.stitching_plots import stitching_figure, stitching_plotly
 
 QUIET = ("preserved", "generic_drift", "rotated")
@@ -35,8 +36,8 @@ class Effect:
     """What a reader who cannot see a figure is told it shows."""
     figure: Callable[..., Figure]
     """Of the table and, by keyword, `template` and, where there is one per concept, `concept`."""
-    live: Callable[..., Any]
-    """The same with plotly."""
+    live: Callable[..., Any] | None
+    """The same with plotly; None for a picture only."""
     per_concept: bool = True
 
 
@@ -59,6 +60,15 @@ EFFECTS = {
         "coupling of every hybrid over the cut in both orders, and the share of each block",
         stitching_figure,
         stitching_plotly,
+    ),
+    "gain": Effect(
+        "How far does a push move the answer?",
+        "At the read position a dose of the concept's direction is added, in units of what stands there. The slope at small doses is the "
+        "gain; a model that encodes a concept and does not use it has a small one. Bands are what random directions of the same "
+        "spread do; the price of a dose is the perplexity of neutral texts.",
+        "readout against dose in both models with the band of random directions, and the perplexity that each dose costs",
+        gain_figure,
+        None,
     ),
     "attribution": Effect(
         "Who writes it?",
@@ -112,5 +122,5 @@ def _picture(key: str, effect: Effect, frame: pd.DataFrame, concept: str, templa
     name = " · ".join(part for part in (concept, wording.TEMPLATES.get(template, template)) if part)
     return make_picture(
         f"figure-{slug(key)}-{slug(concept)}-{slug(template)}", f"{name}: {effect.alt}", name,
-        effect.figure(frame, **chosen), effect.live(frame, **chosen),
+        effect.figure(frame, **chosen), effect.live(frame, **chosen) if effect.live else None,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from empathy_probes.design import Settings
-from empathy_probes.stats import Curve, critical_t, fieller_ratio, mean_interval
+from empathy_probes.stats import LEVEL, Curve, critical_t, fieller_ratio, mean_interval
 from empathy_probes.store import save_record
 
 if TYPE_CHECKING:
@@ -104,18 +104,38 @@ class Gain:
         """Mean slope `[model layer]` with its 95 % t interval over scenarios."""
         return mean_interval(self.slopes(concept))
 
-    def attenuation(self, concept: SteeredConcept) -> Curve:
+    def attenuation(self, concept: SteeredConcept, level: float = LEVEL) -> Curve:
         """1 − gain(aligned)/gain(base) by layer, Fieller's interval; blank where the base's gain is not detected."""
         slopes = self.slopes(concept)
         n = slopes.shape[-1]
         base, aligned = slopes.mean(-1)
         centred = slopes - slopes.mean(-1, keepdims=True)
         covariance = np.einsum("ilu,jlu->ijl", centred, centred) / (n * (n - 1))
-        ratio = fieller_ratio(base, aligned, covariance, critical_t(n - 1))
+        ratio = fieller_ratio(base, aligned, covariance, critical_t(n - 1, level))
         ends = (1 - ratio.value, 1 - ratio.upper, 1 - ratio.lower)
         # A model against itself has a ratio of exactly 1, whatever rounding leaves of its interval.
         same = self._same_model & ~np.isnan(ratio.value)
         return Curve(*(np.where(same, 0.0, x) for x in ends))
+
+    def decision(self, concept: str, template: str) -> str:
+        """What became of the gain over all layers steered: attenuated, equivalent, inconclusive; empty where nothing is detected.
+
+        Attenuated where any layer's interval, at a level that holds for all layers together (Bonferroni), lies beyond the margin;
+        equivalent where the 90 % intervals of all layers with a detected base lie within it.
+        """
+        found = [c for c in self.concepts if (c.concept, c.template) == (concept, template)]
+        if not found:
+            return ""
+        margin = self.settings.margin
+        strict = self.attenuation(found[0], 1 - (1 - LEVEL) / len(self.layers))
+        known = ~np.isnan(strict.value)
+        if not known.any():
+            return ""
+        if (strict.lower[known] > margin).any():
+            return "attenuated"
+        narrow = self.attenuation(found[0], 0.90)
+        inside = (narrow.lower > -margin) & (narrow.upper < margin)
+        return "equivalent" if inside[~np.isnan(narrow.value)].all() else "inconclusive"
 
     @property
     def _same_model(self) -> bool:
@@ -275,6 +295,9 @@ class Gain:
         from empathy_probes import report
 
         return report.result_html(self)
+
+
+TYPES = {cls.__name__: cls for cls in (Gain, SteeredConcept, Settings)}
 
 
 def cost_key(concept: SteeredConcept) -> str:

@@ -72,23 +72,23 @@ class Section:
 
 
 def make_picture(name: str, alt: str, caption: str, static: Any, live: Any) -> Picture:
+    """A figure of the page from both drawings of it; without a live one it is a picture only."""
+    image = image_uri(svg(static))
+    if live is None:
+        return Picture(name, alt, caption, image, Markup(""), 0, ())
     legend = [
-        (t.name, t.line.color, t.line.dash or "solid")
+        (t.name, t.line.color or t.marker.color, t.line.dash or "solid")
+        if t.type == "scatter"
+        else (t.name, t.marker.color, "area")
         for t in live.data
-        if t.type == "scatter" and t.showlegend
+        if t.type in ("scatter", "bar") and t.showlegend
     ]
     legend += [(shape.name, shape.fillcolor, "area") for shape in live.layout.shapes if shape.showlegend]
     if legend:
         live.update_layout(showlegend=False, margin_b=48, height=live.layout.height - 36)
     return Picture(
-        name,
-        alt,
-        caption,
-        image_uri(svg(static)),
-        escape_json(live.to_json()),
-        int(live.layout.height),
-        tuple(legend),
-    )
+        name, alt, caption, image, escape_json(live.to_json()), int(live.layout.height), tuple(legend)
+    )  # fmt: skip
 
 
 def plain_table(name: str) -> Callable[[Tables], list[Section]]:

@@ -130,8 +130,8 @@ def _following(
     return tuple(ids[n:])
 
 
-def with_readout(stimuli: StimulusSet, spec: ReadoutSpec) -> StimulusSet:
-    """The same texts, every one with this readout."""
+def with_readout(stimuli: StimulusSet, spec: ReadoutSpec | None) -> StimulusSet:
+    """The same texts, every one with this readout, or none with any."""
     return replace(stimuli, items=tuple(replace(item, readout=spec) for item in stimuli.items))
 
 

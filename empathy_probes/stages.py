@@ -18,11 +18,15 @@ from empathy_probes.attribution import Attribution, attribute_design
 from empathy_probes.design import Design, Settings
 from empathy_probes.errors import InputError
 from empathy_probes.expression import CoupledConcept, Coupling, couple
-from empathy_probes.readouts import has_readout
+from empathy_probes.gains import TYPES as GAIN_TYPES
+from empathy_probes.gains import Gain
+from empathy_probes.readouts import has_readout, with_readout
+from empathy_probes.steering import dose_response_design, spread_layers
 from empathy_probes.stitching import StitchedConcept, Stitching, check_replay, stitch_design
 from empathy_probes.store import Store
 
 STAGES = ("encode", "use", "express")
+STEERED_LAYERS, STEERED_DOSES = 4, (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,18 @@ def _attribute(design: Design, settings: Settings, store: Store) -> Attribution:
     return attribute_design(_targets(design), settings, store, total_effects=False)
 
 
+def _steer(design: Design, settings: Settings, store: Store) -> Gain:
+    # Controls lend their directions, and have no curves of their own; few layers and doses, as every cell is a run.
+    silent = tuple(
+        replace(c, stimuli=with_readout(c.stimuli, None)) if c.role == "control" else c
+        for c in design.concepts
+    )
+    blocks = [layer for layer in design.layers if layer >= 0]
+    layers = tuple(blocks[i] for i in spread_layers(len(blocks), STEERED_LAYERS))
+    asked = replace(design, concepts=silent, layers=(-1, *layers))
+    return dose_response_design(asked, settings, store, doses=STEERED_DOSES)
+
+
 def _not_additive(design: Design) -> str | None:
     refusals = [model.additivity_refusal for model in design.pair.models if model.additivity_refusal]
     if refusals:
@@ -66,11 +82,13 @@ QUESTIONS = (
     Question("attenuation", "encode", measure),
     Question("coupling", "express", couple),
     Question("stitching", "use", stitch_design, _own),
+    Question("gain", "use", _steer),
     Question("attribution", "use", _attribute, _not_additive),
 )
 TYPES = {
     **FINDING_TYPES,
     **ATTRIBUTION_TYPES,
+    **GAIN_TYPES,
     **{cls.__name__: cls for cls in (Coupling, CoupledConcept, Stitching, StitchedConcept)},
 }
 """Every dataclass that a saved study may hold, by name."""

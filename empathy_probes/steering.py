@@ -105,9 +105,9 @@ def dose_response(
     )
 
 
-def spread_layers(n_layers: int) -> tuple[int, ...]:
-    """At most `MOST_LAYERS` blocks from the first to the last."""
-    return tuple(sorted({round(x) for x in np.linspace(0, n_layers - 1, min(n_layers, MOST_LAYERS))}))
+def spread_layers(n_layers: int, most: int = MOST_LAYERS) -> tuple[int, ...]:
+    """At most so many blocks from the first to the last."""
+    return tuple(sorted({round(x) for x in np.linspace(0, n_layers - 1, min(n_layers, most))}))
 
 
 def dose_response_design(
