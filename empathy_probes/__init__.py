@@ -29,12 +29,14 @@ _MODULES = {
     ),
     "ledger": ("Headline", "headlines"),
     "models": ("Model", "Run", "load_model"),
+    "patching": ("Patching", "patch"),
     "pairs": ("ModelPair", "load_pair", "make_pair"),
     "phantoms": ("build_phantom", "list_phantoms", "load_phantom", "load_phantom_concepts", "phantom_truth", "write_phantom"),
     "report": ("write_report",),
     "scorecard": ("Scorecard", "load_scorecard"),
     "sites": ("Site",),
     "stats": ("Estimate",),
+    "sweeps": ("sites_of",),
     "stimuli": ("StimulusSet", "load_stimuli", "stimuli_from_rows"),
     "store": ("open_store",),
     "specs": ("StudySpec", "read_spec", "resolve"),
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from empathy_probes.ledger import Headline, headlines
     from empathy_probes.models import Model, Run, load_model
     from empathy_probes.pairs import ModelPair, load_pair, make_pair
+    from empathy_probes.patching import Patching, patch
     from empathy_probes.phantoms import (
         build_phantom,
         list_phantoms,
@@ -102,3 +105,4 @@ if TYPE_CHECKING:
     from empathy_probes.stimuli import StimulusSet, load_stimuli, stimuli_from_rows
     from empathy_probes.store import open_store
     from empathy_probes.study import Study, load_study, run_study
+    from empathy_probes.sweeps import sites_of

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from empathy_probes.alignment import NeutralMap, fit_map
-from empathy_probes.batches import TokenBatch, pad_tokens
+from empathy_probes.batches import TokenBatch
 from empathy_probes.concepts import Concept, load_neutral
+from empathy_probes.crossings import Crossing, fit_crossings, neutral_states
 from empathy_probes.design import Design, Settings, describe_design, design_study
 from empathy_probes.errors import InputError
 from empathy_probes.models import Model
@@ -43,6 +43,7 @@ from empathy_probes.readouts import (
 from empathy_probes.sites import Site
 from empathy_probes.stats import Curve, largest_quantile, mean_interval, unit_signs
 from empathy_probes.store import save_record
+from empathy_probes.sweeps import check_continuable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,12 +57,7 @@ STITCHING_COLUMNS = [
 # any more: what it answers is an artefact of the cut.
 INSANE = np.log(2)
 NEUTRAL_TEXTS = 100
-# The map is inserted where it misses this share of what the states as they are miss, or less.
-MAP_GAIN = 0.5
-MAP_TOKENS = 4000
 STATE_BYTES = 1 << 28
-Crossing = Callable[[Float[Tensor, "row pos d_model"], Float[Tensor, "row pos d_model"]], Tensor]
-"""From the first model's state, and the second's own, to what the second goes on with."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +232,9 @@ def stitch_design(design: Design, settings: Settings, neutral: Sequence[str] | N
         )
     texts = (load_neutral() if neutral is None else tuple(neutral))[:NEUTRAL_TEXTS]
     tokens = [prompt.ids for prompt in render_texts(pair.base.tokenizer, texts) if len(prompt.ids) > 1]
-    crossings, mapped = _crossings(pair, tokens)
+    crossings, mapped = fit_crossings(
+        (neutral_states(pair.base, tokens), neutral_states(pair.aligned, tokens))
+    )
     found, losses = [], []
     n_rows = pair.base.n_layers + 3
     # The neutral texts are raw, so that one table of perplexities serves every template.
@@ -277,11 +275,7 @@ def stitch_design(design: Design, settings: Settings, neutral: Sequence[str] | N
 def check_replay(pair: ModelPair) -> None:
     """Refuse a pair that cannot be continued from a state."""
     for model in pair.models:
-        if model.replay_refusal:
-            raise InputError(
-                f"'{model.name}' ({model.architecture}) cannot be continued from a state: {model.replay_refusal}, expected it to "
-                "equal a plain run; run the encode stage only"
-            )
+        check_continuable(model)
 
 
 def _orders(pair: ModelPair) -> tuple[tuple[Model, Model], tuple[Model, Model]]:
@@ -341,71 +335,3 @@ def _final(
         return second.replay(own, state, layer, read=[last], last_layer=n - 1).acts[last]
 
     return final
-
-
-# ---------------------------------------------------------------- the map at the cut
-
-
-def _as_it_is(first: Tensor, second: Tensor) -> Tensor:
-    return first
-
-
-def _crossings(
-    pair: ModelPair, tokens: Sequence[Sequence[int]]
-) -> tuple[tuple[list[Crossing], list[Crossing]], Bool[np.ndarray, " boundary"]]:
-    """Per order and boundary what carries a state over, and where that is a map."""
-    n = pair.base.n_layers
-    plain: list[Crossing] = [_as_it_is] * (n + 1)
-    if pair.identical:
-        return (plain, list(plain)), np.zeros(n + 1, bool)
-    states = [_token_states(model, tokens) for model in pair.models]
-    rms = np.stack([np.sqrt((x**2).sum(-1).mean(0)) for x in states])
-    units = [x / r[:, None] for x, r in zip(states, rms, strict=True)]
-    fitted = fit_map(*units)
-    centred = [x - x.mean(0) for x in states]
-    total = (centred[1] ** 2).sum((0, 2))
-    missed = ((centred[0] - centred[1]) ** 2).sum((0, 2)) / np.where(total > 0, total, 1.0)
-    mapped = fitted.error < MAP_GAIN * missed
-    # What both models share to rounding needs no map, whose own error would be all there is.
-    mapped &= missed > 1e-6
-    there, back = list(plain), list(plain)
-    for i in np.flatnonzero(mapped):
-        there[i] = _mapping(fitted, rms, int(i), to_base=True)
-        back[i] = _mapping(fitted, rms, int(i), to_base=False)
-    return (there, back), mapped
-
-
-def _token_states(
-    model: Model, tokens: Sequence[Sequence[int]]
-) -> Float[np.ndarray, "token boundary d_model"]:
-    """States of neutral tokens but the first of each text, whose size is out of proportion in many models."""
-    sites = [Site(layer) for layer in range(-1, model.n_layers)]
-    found, count = [], 0
-    for row in tokens:
-        if count >= MAP_TOKENS:
-            break
-        batch = pad_tokens([row], model.device)
-        with torch.inference_mode():
-            run = model.run(batch, read=sites, last_layer=model.n_layers - 1)
-        found.append(torch.stack([run.acts[site][0, 1:] for site in sites], 1).float().cpu().numpy())
-        count += len(row) - 1
-    return np.concatenate(found)[:MAP_TOKENS].astype(np.float64)
-
-
-def _mapping(
-    fitted: NeutralMap, rms: Float[np.ndarray, "model=2 boundary"], i: int, *, to_base: bool
-) -> Crossing:
-    """state → rms·(R(state/rms − centre) + centre') of the other model; the first token keeps the second model's own state."""
-    a, b = (1, 0) if to_base else (0, 1)
-    turn = fitted.left[i] @ fitted.right[i].T
-    turn = turn.T if to_base else turn
-    matrix = torch.as_tensor(turn * (rms[b, i] / rms[a, i]), dtype=torch.float32)
-    shift = fitted.centres[b, i] * rms[b, i] - (fitted.centres[a, i] * rms[b, i]) @ turn
-    offset = torch.as_tensor(shift, dtype=torch.float32)
-
-    def cross(first: Tensor, second: Tensor) -> Tensor:
-        moved = (first.float() @ matrix.to(first.device) + offset.to(first.device)).to(second.dtype)
-        # A first token sees only itself: in both models it stands for the same thing, and it is far from all others.
-        return torch.cat([second[:, :1], moved[:, 1:]], 1)
-
-    return cross

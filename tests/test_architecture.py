@@ -16,14 +16,16 @@ PACKAGE = Path(empathy_probes.__file__).parent
 # The newcomer's map: everything on a line may import from the lines above it.
 FLOORS = (
     {"errors"},
-    {"stats", "sites", "interventions", "store", "batches"},
+    {"stats", "sites", "interventions", "store", "batches", "roles"},
     {"kernels", "stimuli", "activations", "grammar"},
     {"prompts", "probes", "coding", "concepts", "contrasts", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls"},
     {"pairs", "extraction", "decisions", "measurements"},
     {"design", "planting", "redraws", "rows"},
-    {"readouts"},
-    {"attenuation", "expression", "stitching", "scorecard", "secondary"},
+    {"readouts", "crossings"},
+    {"textpairs"},
+    {"sweeps"},
+    {"attenuation", "expression", "stitching", "patching", "scorecard", "secondary"},
     {"ledger", "phantoms", "specs", "attacks"},
     {"study", "calibration"},
     {"wording", "drawing"},
@@ -34,7 +36,7 @@ FLOORS = (
     {"cli"},
 )
 # One-line methods of results that show themselves.
-QUESTIONS = ("attenuation", "expression", "stitching")
+QUESTIONS = ("attenuation", "expression", "stitching", "patching")
 LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
 
 
