@@ -27,6 +27,7 @@ _MODULES = {
     "interventions": (
         "add_vector", "at_positions", "mean_ablate", "project_out", "replace_component", "replace_with",
     ),
+    "gradients": ("EstimatedPatching", "attribution_patch"),
     "ledger": ("Headline", "headlines"),
     "models": ("Model", "Run", "load_model"),
     "patching": ("Patching", "patch"),
@@ -37,6 +38,7 @@ _MODULES = {
     "sites": ("Site",),
     "stats": ("Estimate",),
     "sweeps": ("sites_of",),
+    "transplants": ("Transplants", "transplant"),
     "stimuli": ("StimulusSet", "load_stimuli", "stimuli_from_rows"),
     "store": ("open_store",),
     "specs": ("StudySpec", "read_spec", "resolve"),
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
         ProvenanceError,
         StoreError,
     )
+    from empathy_probes.gradients import EstimatedPatching, attribution_patch
     from empathy_probes.interventions import (
         add_vector,
         at_positions,
@@ -106,3 +109,4 @@ if TYPE_CHECKING:
     from empathy_probes.store import open_store
     from empathy_probes.study import Study, load_study, run_study
     from empathy_probes.sweeps import sites_of
+    from empathy_probes.transplants import Transplants, transplant

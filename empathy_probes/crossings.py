@@ -40,6 +40,12 @@ class Crossing:
         # A first token sees only itself: in both models it stands for the same thing, and it is far from all others.
         return torch.cat([second[:, :1], moved[:, 1:]], 1)
 
+    def move(self, states: Float[np.ndarray, "k d"]) -> Float[np.ndarray, "k d"]:
+        """The first model's states at positions beyond the first as the second's."""
+        if self.matrix is None or self.offset is None:
+            return states
+        return states @ self.matrix.double().numpy() + self.offset.double().numpy()
+
     def turn(self, directions: Float[np.ndarray, "*k d"]) -> Float[np.ndarray, "*k d"]:
         """Differences of the first model's states as differences of the second's."""
         return directions if self.matrix is None else directions @ self.matrix.double().numpy()

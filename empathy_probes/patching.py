@@ -28,46 +28,29 @@ from empathy_probes.errors import InputError
 from empathy_probes.models import Model
 from empathy_probes.prompts import Style
 from empathy_probes.readouts import ask_design, readable
-from empathy_probes.roles import ROLES, position_names
 from empathy_probes.sites import Site
 from empathy_probes.stats import Curve, ratio_of_means
 from empathy_probes.stimuli import ReadoutSpec
 from empathy_probes.store import save_record
 from empathy_probes.sweeps import (
-    Cell,
+    DIRECTIONS,
+    Place,
     check_continuable,
-    make_cells,
+    directions_of,
+    grid_of,
     patched_readouts,
-    sites_of,
-    without_tokens,
+    place_cells,
 )
 from empathy_probes.textpairs import TextPairs, around, as_concepts, pair_texts, prepare_pairs, unit_means
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DIRECTIONS = ("denoise", "noise")
 PATCHING_COLUMNS = [
     "concept", "template", "model", "direction", "site", "layer", "head", "position", "recovered", "recovered_lower", "recovered_upper",
     "clean", "corrupted", "patched", "flags",
 ]  # fmt: skip
 SMALL_N = 60
-
-
-@dataclass(frozen=True)
-class Place:
-    """What was patched together, as plain data."""
-
-    site: str
-    layer: int
-    """The block, −1 for the input of block 0; of a window its first."""
-    head: int | None
-    window: int
-    """Neighbouring blocks patched together."""
-    position: str
-    """A role, or the index of a token."""
-    flags: tuple[str, ...]
-    """How well the role fits these texts."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +139,9 @@ class Patching:
                             "patched": patched[i, j], "flags": ";".join((*c.flags, *place.flags)),
                         }
                     )  # fmt: skip
-        frame = pd.DataFrame(rows, columns=PATCHING_COLUMNS)
-        return frame.astype({"head": "Int64"})
+        frame = pd.DataFrame(rows, columns=PATCHING_COLUMNS).astype({"head": "Int64"})
+        frame.attrs["n_scenarios"] = {c.concept: len(c.units) for c in self.concepts}  # for the figure
+        return frame
 
     def save(self, path: str | Path) -> None:
         """Save as one safetensors file with a JSON header."""
@@ -173,11 +157,6 @@ class Patching:
         from empathy_probes import report
 
         return report.result_html(self)
-
-
-def place_cells(place: Place) -> dict[str, Any]:
-    """The columns that say where."""
-    return {"site": place.site, "layer": place.layer, "head": place.head, "position": place.position}
 
 
 def patch(
@@ -269,38 +248,6 @@ def design_pairs(design: Design, concept: Concept, template: str, side: int) -> 
     )
 
 
-def grid_of(
-    model: Model,
-    pairs: TextPairs,
-    concept: str,
-    sites: Sequence[Site] | None,
-    positions: Sequence[str] | None,
-    window: int = 1,
-) -> tuple[tuple[Cell, ...], tuple[Place, ...]]:
-    """The cells asked for, and what is known about each before anything runs."""
-    chat = pairs.outside is not None
-    asked = [role for role in ROLES if chat or role != "template"] if positions is None else positions
-    names = position_names(asked, pairs.lengths, concept, chat)
-    cells = make_cells(model, sites_of(model, "resid_post") if sites is None else sites, names, window)
-    known = {name: _position_flags(pairs, name) for name in names}
-    places = tuple(
-        Place(
-            cell.sites[0].component, cell.sites[0].layer, cell.sites[0].head, len(cell.sites), cell.position,
-            (*((f"window_{window}",) if window > 1 else ()), *known[cell.position]),
-        )
-        for cell in cells
-    )  # fmt: skip
-    return cells, places
-
-
-def _position_flags(pairs: TextPairs, position: str) -> tuple[str, ...]:
-    empty, unequal = without_tokens(pairs, position)
-    if empty == len(pairs.clean):
-        return ("no_tokens",)
-    # Texts without a token of the role stay as they are: nothing was patched there, and nothing moved.
-    return (*(("some_without_tokens",) if empty else ()), *(("unequal_spans",) if unequal else ()))
-
-
 def _patch_pairs(
     model: Model,
     pairs: TextPairs,
@@ -327,14 +274,3 @@ def _patch_pairs(
         concept, template, name, places, directions, pairs.scenarios, pairs.units, plain["noise"], plain["denoise"],
         np.stack(patched),
     )  # fmt: skip
-
-
-def directions_of(direction: str) -> tuple[str, ...]:
-    """Both, or the one asked for.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if direction not in (*DIRECTIONS, "both"):
-        raise InputError(f"unknown direction '{direction}': expected denoise, noise or both; choose one")
-    return DIRECTIONS if direction == "both" else (direction,)

@@ -33,8 +33,13 @@ from empathy_probes.drawing import (
     plotly_sheet,
 )  # fmt: skip
 from empathy_probes.errors import InputError
+from empathy_probes.patching_plots import estimate_figure, patching_figure, transplant_figure
 
-FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {}
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "patching": patching_figure,
+    "attribution_patching": estimate_figure,
+    "transplant": transplant_figure,
+}
 """Key of a result → its figure, from its table; attenuation, the first of them, is drawn below."""
 
 

@@ -21,10 +21,11 @@ from empathy_probes.errors import InputError
 from empathy_probes.interventions import Edit
 from empathy_probes.models import Model, Run
 from empathy_probes.readouts import AskedBatch, batch_asked, look_up
-from empathy_probes.roles import match_positions
+from empathy_probes.roles import ROLES, match_positions, position_names
 from empathy_probes.sites import COMPONENTS, HEADS, Site
 from empathy_probes.textpairs import TextPairs
 
+DIRECTIONS = ("denoise", "noise")
 # Padded tokens of all continuations that are in one pass; and those of the texts that are patched together.
 SWEEP_TOKENS = 16384
 PAIR_TOKENS = 1024
@@ -320,3 +321,70 @@ def without_tokens(pairs: TextPairs, position: str) -> tuple[int, int]:
         empty += not match.source
         unequal += match.unequal
     return empty, unequal
+
+
+# ---------------------------------------------------------------- the grid of a question
+
+
+@dataclass(frozen=True)
+class Place:
+    """What was patched together, as plain data."""
+
+    site: str
+    layer: int
+    """The block, −1 for the input of block 0; of a window its first."""
+    head: int | None
+    window: int
+    """Neighbouring blocks patched together."""
+    position: str
+    """A role, or the index of a token."""
+    flags: tuple[str, ...]
+    """How well the role fits these texts."""
+
+
+def grid_of(
+    model: Model,
+    pairs: TextPairs,
+    concept: str,
+    sites: Sequence[Site] | None,
+    positions: Sequence[str] | None,
+    window: int = 1,
+) -> tuple[tuple[Cell, ...], tuple[Place, ...]]:
+    """The cells asked for, and what is known about each before anything runs."""
+    chat = pairs.outside is not None
+    asked = [role for role in ROLES if chat or role != "template"] if positions is None else positions
+    names = position_names(asked, pairs.lengths, concept, chat)
+    cells = make_cells(model, sites_of(model, "resid_post") if sites is None else sites, names, window)
+    known = {name: _position_flags(pairs, name) for name in names}
+    places = tuple(
+        Place(
+            cell.sites[0].component, cell.sites[0].layer, cell.sites[0].head, len(cell.sites), cell.position,
+            (*((f"window_{window}",) if window > 1 else ()), *known[cell.position]),
+        )
+        for cell in cells
+    )  # fmt: skip
+    return cells, places
+
+
+def _position_flags(pairs: TextPairs, position: str) -> tuple[str, ...]:
+    empty, unequal = without_tokens(pairs, position)
+    if empty == len(pairs.clean):
+        return ("no_tokens",)
+    # Texts without a token of the role stay as they are: nothing was patched there, and nothing moved.
+    return (*(("some_without_tokens",) if empty else ()), *(("unequal_spans",) if unequal else ()))
+
+
+def place_cells(place: Place) -> dict[str, Any]:
+    """The columns that say where."""
+    return {"site": place.site, "layer": place.layer, "head": place.head, "position": place.position}
+
+
+def directions_of(direction: str) -> tuple[str, ...]:
+    """Both, or the one asked for.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if direction not in (*DIRECTIONS, "both"):
+        raise InputError(f"unknown direction '{direction}': expected denoise, noise or both; choose one")
+    return DIRECTIONS if direction == "both" else (direction,)

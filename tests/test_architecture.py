@@ -25,18 +25,27 @@ FLOORS = (
     {"readouts", "crossings"},
     {"textpairs"},
     {"sweeps"},
-    {"attenuation", "expression", "stitching", "patching", "scorecard", "secondary"},
+    {
+        "attenuation",
+        "expression",
+        "stitching",
+        "patching",
+        "gradients",
+        "transplants",
+        "scorecard",
+        "secondary",
+    },
     {"ledger", "phantoms", "specs", "attacks"},
     {"study", "calibration"},
     {"wording", "drawing"},
-    {"tables"},
+    {"tables", "patching_plots"},
     {"plots"},
     {"report"},
     {"scorepage"},
     {"cli"},
 )
 # One-line methods of results that show themselves.
-QUESTIONS = ("attenuation", "expression", "stitching", "patching")
+QUESTIONS = ("attenuation", "expression", "stitching", "patching", "gradients", "transplants")
 LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
 
 
