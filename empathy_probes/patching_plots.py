@@ -278,11 +278,12 @@ def _draw_map(rows: pd.DataFrame) -> Figure:
             )  # fmt: skip
             step = max(1, -(-len(table) // 12))
             axes.set_yticks(range(0, len(table), step), [str(i) for i in table.index[::step]])
-            across = max(1, -(-table.shape[1] // 16))
-            axes.set_xticks(
-                range(0, table.shape[1], across),
-                ["emb" if c < 0 else str(c) for c in table.columns[::across]],
-            )
+            across, names = max(1, -(-table.shape[1] // 16)), _layer_names(table)
+            axes.set_xticks(range(0, table.shape[1], across), names[::across])
+            if table.size <= 200:
+                for (i, j), share in np.ndenumerate(table.to_numpy()):
+                    shown = "" if np.isnan(share) else f"{share:.2f}".replace("-0.00", "0.00")
+                    axes.text(j, i, shown, ha="center", va="center", fontsize=8)
             axes.set_ylabel(side)
             axes.set_title(title)
             for spine in axes.spines.values():

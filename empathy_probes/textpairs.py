@@ -103,6 +103,10 @@ def prepare_pairs(
         raise InputError(
             f"concept '{concept.name}' has no readout: patching needs a question after each text; give one as readout="
         )
+    if stimuli.n_scenarios < 2:
+        raise InputError(
+            f"concept '{concept.name}' has {stimuli.n_scenarios} scenario, expected at least 2: one alone has no interval; add scenarios"
+        )
     style: Style = "raw" if template == "raw" else "chat"
     prompts = render(model.tokenizer, stimuli, style, concept.speaker)
     check_prompts(model, prompts, concept.name)
