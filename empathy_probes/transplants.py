@@ -326,7 +326,7 @@ def transplant_design(
             shown = np.concatenate([moved[:, :, :3], random.mean(2, keepdims=True), moved[:, :, 3:4]], 2)
             found.append(
                 TransplantedConcept(
-                    concept.name, concept.role, template, concept.stimuli.units, own, shown, np.ascontiguousarray(random),
+                    concept.name, concept.role, template, concept.stimuli.units, own, np.ascontiguousarray(shown), np.ascontiguousarray(random),
                     np.stack([part for _, part in parts]),
                 )
             )  # fmt: skip
