@@ -10,7 +10,7 @@ On a random model of GPT-2 small's shape (12 layers, d 768, vocabulary 50257):
 
 Prints seconds (medians of alternating rounds), ratios, and how far the two results are apart.
 
-    python scripts/benchmarks/patching.py [--repeats 5] [--tokens 16] [--pairs 4]
+    python scripts/benchmarks/patching.py [--repeats 3] [--tokens 12] [--prompt 32] [--pairs 4]
 """
 
 from __future__ import annotations
@@ -131,9 +131,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=12, help="of a prompt in the layer × position sweep")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt in the sweep over layers")
+    parser.add_argument("--pairs", type=int, default=4, help="in the larger of two batches")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -142,15 +143,19 @@ def main() -> None:
         f"{platform.machine()} {platform.processor() or platform.system()}, {os.cpu_count()} cores, {args.threads} thread(s), "
         f"torch {torch.__version__}; {model.n_layers} layers × {model.d_model}, vocabulary {model.d_vocab}, float32"
     )
-    one, several = make_pairs(1, args.tokens, "answers"), make_pairs(args.pairs, args.tokens, "answers")
-    spoken = make_pairs(args.pairs, args.tokens, "continuations")
-    for title, theirs, ours, pairs in (
-        (f"layer × position, 1 pair of {args.tokens} tokens", helper_sweep, our_sweep, one),
-        (f"layer × position, {args.pairs} pairs of {args.tokens} tokens", helper_sweep, our_sweep, several),
-        (f"layers, two continuations, 1 pair of {args.tokens} + 6 tokens", layers_by_hand, our_layers,
-         make_pairs(1, args.tokens, "continuations")),
-        (f"layers, two continuations, {args.pairs} pairs of {args.tokens} + 6 tokens", layers_by_hand, our_layers, spoken),
-    ):  # fmt: skip
+    cases = []
+    for n in (1, args.pairs):
+        grid, spoken = make_pairs(n, args.tokens, "answers"), make_pairs(n, args.prompt, "continuations", 4)
+        cases += [
+            (f"layer × position, {n} × {args.tokens} tokens", helper_sweep, our_sweep, grid),
+            (
+                f"layers, two continuations, {n} × {args.prompt} + 4 tokens",
+                layers_by_hand,
+                our_layers,
+                spoken,
+            ),
+        ]
+    for title, theirs, ours, pairs in cases:
         seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
         for repeat in range(args.repeats + 1):  # the first round warms both up
             for name, way in (("theirs", theirs), ("ours", ours)):
@@ -164,8 +169,9 @@ def main() -> None:
         ratios = sorted(a / b for a, b in zip(seconds["theirs"], seconds["ours"], strict=True))
         apart = float(np.abs(result - expected).max())
         print(
-            f"{title:<58} theirs {median['theirs']:7.3f} s   ours {median['ours']:7.3f} s   ratio "
-            f"{median['theirs'] / median['ours']:5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})   apart {apart:.1e} nats"
+            f"{title:<50} theirs {median['theirs']:7.3f} s   ours {median['ours']:7.3f} s   ratio "
+            f"{median['theirs'] / median['ours']:5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})   apart {apart:.1e} nats",
+            flush=True,
         )
 
 
