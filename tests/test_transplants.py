@@ -120,6 +120,26 @@ def test_the_full_state_at_all_positions_is_a_stitched_hybrid(pair: ModelPair, r
     np.testing.assert_allclose(values[1, FULL], hybrids[1:-1], atol=2e-5, rtol=1e-4)
 
 
+def test_states_of_a_turned_model_cross_by_the_map_and_equal_ones_as_they_are() -> None:
+    generator = np.random.default_rng(0)
+    turn = np.linalg.qr(generator.standard_normal((8, 8)))[0]
+    base = generator.standard_normal((400, 2, 8)) + 1
+    aligned = base.copy()
+    aligned[:, 1] = 3 * base[:, 1] @ turn
+    (to_base, to_aligned), mapped = fit_crossings((base, aligned))
+    assert mapped.tolist() == [False, True]
+    ours, own = (torch.as_tensor(x[:6, 1], dtype=torch.float32).reshape(2, 3, 8) for x in (base, aligned))
+    assert to_aligned[0](ours, own) is ours
+    torch.testing.assert_close(to_aligned[1](ours, own), own, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(to_base[1](own, ours), ours, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(to_aligned[1].move(base[:, 1]), aligned[:, 1], atol=1e-4)
+    np.testing.assert_allclose(
+        to_aligned[1].turn(base[:5, 1] - base[5, 1]), aligned[:5, 1] - aligned[5, 1], atol=1e-4
+    )
+    # The first token keeps the second model's own state.
+    assert torch.equal(to_aligned[1](ours + 1, own)[:, 0], own[:, 0])
+
+
 def test_the_component_and_the_rest_add_up_to_the_full_state(pair: ModelPair) -> None:
     concept = concept_of()
     design = design_study(pair, [concept], template="raw", neutral=NEUTRAL)
