@@ -34,9 +34,11 @@ _MODULES = {
     "interventions": (
         "add_vector", "at_positions", "cap_component", "mean_ablate", "project_out", "replace_component", "replace_with",
     ),
+    "gradients": ("EstimatedPatching", "attribution_patch"),
     "ledger": ("Headline", "headlines"),
     "lens": ("LogitLens", "logit_lens"),
     "models": ("Model", "Run", "load_model"),
+    "patching": ("Patching", "patch"),
     "pairs": ("ModelPair", "load_pair", "make_pair"),
     "phantoms": ("build_phantom", "list_phantoms", "load_phantom", "load_phantom_concepts", "phantom_truth", "write_phantom"),
     "report": ("write_report",),
@@ -45,6 +47,8 @@ _MODULES = {
     "stats": ("Estimate",),
     "stages": ("STAGES",),
     "steering": ("dose_response", "dose_response_design"),
+    "sweeps": ("sites_of",),
+    "transplants": ("Transplants", "transplant"),
     "stimuli": ("StimulusSet", "load_stimuli", "stimuli_from_rows"),
     "stitching": ("Stitching", "stitch"),
     "store": ("open_store",),
@@ -99,6 +103,7 @@ if TYPE_CHECKING:
     )
     from empathy_probes.expression import Coupling, measure_coupling
     from empathy_probes.gains import Gain
+    from empathy_probes.gradients import EstimatedPatching, attribution_patch
     from empathy_probes.interchange import Written, read_vector, write_vector
     from empathy_probes.interventions import (
         add_vector,
@@ -113,6 +118,7 @@ if TYPE_CHECKING:
     from empathy_probes.lens import LogitLens, logit_lens
     from empathy_probes.models import Model, Run, load_model
     from empathy_probes.pairs import ModelPair, load_pair, make_pair
+    from empathy_probes.patching import Patching, patch
     from empathy_probes.phantoms import (
         build_phantom,
         list_phantoms,
@@ -132,4 +138,6 @@ if TYPE_CHECKING:
     from empathy_probes.stitching import Stitching, stitch
     from empathy_probes.store import open_store
     from empathy_probes.study import Study, load_study, run_study
+    from empathy_probes.sweeps import sites_of
+    from empathy_probes.transplants import Transplants, transplant
     from empathy_probes.vectors import SteeringVector, from_position, neutral_rms, only_positions

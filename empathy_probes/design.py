@@ -209,8 +209,8 @@ def _render_pair(
 def describe_design(design: Design) -> dict[str, Any]:
     """Provenance: models, tokenizers and concepts by name and digest, and what is read where; plain data."""
     return {
-        "base": _describe_model(design.pair.base),
-        "aligned": _describe_model(design.pair.aligned),
+        "base": describe_model(design.pair.base),
+        "aligned": describe_model(design.pair.aligned),
         "concepts": {
             concept.name: {
                 "role": concept.role, "mechanism": concept.mechanism, "dimension": concept.dimension,
@@ -227,7 +227,8 @@ def describe_design(design: Design) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _describe_model(model: Model) -> dict[str, Any]:
+def describe_model(model: Model) -> dict[str, Any]:
+    """Provenance of one model: names, digests, shape; plain data."""
     bos = model.tokenizer.bos_token_id
     return {
         "name": model.name, "revision": model.revision, "weights": model.weights,

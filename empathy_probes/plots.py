@@ -35,14 +35,18 @@ from empathy_probes.drawing import (
     plotly_sheet,
 )  # fmt: skip
 from empathy_probes.errors import InputError
+from empathy_probes.patching_plots import estimate_figure, patching_figure, transplant_figure
 from empathy_probes.steering_plots import gain_figure
 from empathy_probes.stitching_plots import stitching_figure
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "coupling": coupling_figure,
     "stitching": stitching_figure,
-    "attribution": attribution_figure,
     "gain": gain_figure,
+    "patching": patching_figure,
+    "attribution": attribution_figure,
+    "attribution_patching": estimate_figure,
+    "transplant": transplant_figure,
 }
 """Key of a result → its figure, from its table; attenuation, the first of them, is drawn below."""
 

@@ -8,7 +8,7 @@ verified by decoding; no tag is ever typed by hand. At most one BOS.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from empathy_probes.errors import InputError
@@ -99,6 +99,39 @@ def render_messages(tokenizer: Any, texts: Sequence[str], style: Style) -> tuple
         )
     items = tuple(Stimulus(f"text-{i}", f"text-{i}", (), text, 0.0) for i, text in enumerate(texts))
     return render(tokenizer, StimulusSet("texts", items, "binary", "last"), style, "user")
+
+
+def outside_messages(
+    tokenizer: Any, stimuli: StimulusSet, prompts: Sequence[RenderedPrompt], speaker: str
+) -> tuple[tuple[int, ...], ...]:
+    """Positions of each chat prompt outside the content of all its messages: what the template itself put there.
+
+    Raises:
+        InputError: the tokenizer has no offset mapping, or a turn cannot be located in the rendered text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"position 'template' of concept '{stimuli.concept}' needs an offset mapping, which this tokenizer "
+            f"({type(tokenizer).__name__}) has not: expected a fast tokenizer; leave the position out"
+        )
+    by_message = replace(stimuli, read_kind="message")
+    found = []
+    for item, prompt in zip(stimuli.items, prompts, strict=True):
+        turns = range(max(1, len(item.messages)))
+        contents = [
+            _chat(tokenizer, replace(item, read=turn), by_message, speaker)[1] or (0, 0) for turn in turns
+        ]
+        offsets = tokenizer(
+            prompt.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        found.append(
+            tuple(
+                position
+                for position, (a, b) in enumerate(offsets)
+                if not any(a < end and b > start and b > a for start, end in contents)
+            )
+        )
+    return tuple(found)
 
 
 def _raw(item: Stimulus, stimuli: StimulusSet) -> tuple[str, tuple[int, int] | None]:

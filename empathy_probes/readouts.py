@@ -218,12 +218,15 @@ def look_up(
     rows = torch.cat([batch.rows + k * n_rows for k in range(times)])
     owner = torch.cat([batch.owner + k * n_items for k in range(times)])
     targets, weight = batch.targets.repeat(times, 1), batch.weight.repeat(times, 1)
-    states = final[rows, batch.positions.repeat(times)]
+    positions = batch.positions.repeat(times)
     values = torch.zeros(times * n_items, dtype=torch.float64, device=final.device)
     if batch.normalised:
-        found = model.head(states).float().log_softmax(-1).gather(1, targets).double()
+        # Both continuations begin after the same state, whose row of the vocabulary is computed once.
+        place, which = torch.unique(rows * final.shape[1] + positions, return_inverse=True)
+        spoken = model.head(final.flatten(0, 1)[place]).float().log_softmax(-1)
+        found = spoken[which[:, None], targets].double()
         return values.index_add_(0, owner, (found * weight).sum(-1))
-    logits = model.head_rows(states, targets).double()
+    logits = model.head_rows(final[rows, positions], targets).double()
     sides = [logits.masked_fill(weight * sign <= 0, -torch.inf).logsumexp(-1) for sign in (1, -1)]
     return values.index_add_(0, owner, sides[0] - sides[1])
 

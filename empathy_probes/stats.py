@@ -110,6 +110,25 @@ def fieller_ratio(
     return Curve(*(np.where(detected, x, np.nan) for x in (ratio, *ends)))
 
 
+def ratio_of_means(
+    numerator: Float[np.ndarray, "*cell unit"],
+    denominator: Float[np.ndarray, " unit"],
+    critical: float | None = None,
+) -> Curve:
+    """mean(numerator) / mean(denominator) over the same units, with Fieller's interval.
+
+    Blank where the mean of the denominator is not detected: within `critical` (95 % of t by default) standard errors of 0.
+    """
+    n, cells = denominator.shape[-1], numerator.shape[:-1]
+    above = numerator.reshape(-1, n)
+    below = np.broadcast_to(denominator, above.shape)
+    spread = [x - x.mean(-1, keepdims=True) for x in (below, above)]
+    covariance = np.array([[(a * b).sum(-1) / (n - 1) / n for b in spread] for a in spread])
+    critical = float(critical_t(n - 1)) if critical is None else critical
+    curve = fieller_ratio(below.mean(-1), above.mean(-1), covariance, critical)
+    return Curve(*(x.reshape(cells) for x in (curve.value, curve.lower, curve.upper)))
+
+
 def mean_interval(values: Float[np.ndarray, "... unit"]) -> Curve:
     """Mean over scenarios with a 95 % t interval."""
     n = values.shape[-1]

@@ -10,7 +10,7 @@ on neutral texts says nothing, and its block's share is merged with the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from empathy_probes.alignment import NeutralMap, fit_map
-from empathy_probes.batches import TokenBatch, pad_tokens
+from empathy_probes.batches import TokenBatch
 from empathy_probes.concepts import Concept, load_neutral
+from empathy_probes.crossings import Crossing, fit_crossings, neutral_states
 from empathy_probes.design import Design, Settings, describe_design, design_study
 from empathy_probes.errors import InputError
 from empathy_probes.models import Model
@@ -46,6 +46,7 @@ from empathy_probes.readouts import (
 from empathy_probes.sites import Site
 from empathy_probes.stats import Curve, largest_quantile, mean_interval, studentised_sums, unit_signs
 from empathy_probes.store import Store, digest_of, open_store, save_record
+from empathy_probes.sweeps import check_continuable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,14 +60,7 @@ STITCHING_COLUMNS = [
 # any more: what it answers is an artefact of the cut.
 INSANE = np.log(2)
 NEUTRAL_TEXTS = 100
-# Two models hold things in different bases where their neutral states, each in units of its rms, share less than half of their
-# variance, or differ in size by more than this factor. What alignment merely weakened stays below both, and is not mapped
-# away: a map between such states would put back, or take out, what the cut is there to show.
-MAP_MISSED, MAP_SIZE = 0.5, 1.5
-MAP_TOKENS = 4000
 STATE_BYTES = 1 << 28
-Crossing = Callable[[Float[Tensor, "row pos d_model"], Float[Tensor, "row pos d_model"]], Tensor]
-"""From the first model's state, and the second's own, to what the second goes on with."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +284,8 @@ def stitch_design(
         )
     texts = (load_neutral() if neutral is None else tuple(neutral))[:NEUTRAL_TEXTS]
     tokens = [prompt.ids for prompt in render_texts(pair.base.tokenizer, texts) if len(prompt.ids) > 1]
-    crossings, mapped = _crossings(pair, tokens)
+    states = neutral_states(pair.base, tokens), neutral_states(pair.aligned, tokens)
+    crossings, mapped = fit_crossings(states)
     # The neutral texts are raw, so that one table of perplexities serves every template.
     loss = store.remember(_key(pair, "neutral", tokens), partial(hybrid_losses, pair, tokens, crossings))
     found = []
@@ -324,11 +319,7 @@ def _key(pair: ModelPair, asked: str, tokens: Sequence[Sequence[int]]) -> str:
 def check_replay(pair: ModelPair) -> None:
     """Refuse a pair that cannot be continued from a state."""
     for model in pair.models:
-        if model.replay_refusal:
-            raise InputError(
-                f"'{model.name}' ({model.architecture}) cannot be continued from a state: {model.replay_refusal}, expected it to "
-                "equal a plain run; run the encode stage only"
-            )
+        check_continuable(model)
 
 
 def _hybrids(
@@ -386,70 +377,3 @@ def hybrid_losses(
             for order, row, model, state in _hybrids(pair, batch, crossings):
                 losses[order, row] += token_losses(model, batch, state).sum()
     return losses / len(rows)
-
-
-# ---------------------------------------------------------------- the map at the cut
-
-
-def _as_it_is(first: Tensor, second: Tensor) -> Tensor:
-    return first
-
-
-def _crossings(
-    pair: ModelPair, tokens: Sequence[Sequence[int]]
-) -> tuple[tuple[list[Crossing], list[Crossing]], Bool[np.ndarray, " boundary"]]:
-    """Per order and boundary what carries a state over, and where that is a map."""
-    n = pair.base.n_layers
-    plain: list[Crossing] = [_as_it_is] * (n + 1)
-    if pair.identical:
-        return (plain, list(plain)), np.zeros(n + 1, bool)
-    states = [_token_states(model, tokens) for model in pair.models]
-    rms = np.stack([np.sqrt((x**2).sum(-1).mean(0)) for x in states])
-    units = [x / r[:, None] for x, r in zip(states, rms, strict=True)]
-    fitted = fit_map(*units)
-    centred = [x - x.mean(0) for x in units]
-    missed = ((centred[0] - centred[1]) ** 2).sum((0, 2)) / (centred[1] ** 2).sum((0, 2))
-    mapped = (missed > MAP_MISSED) & (fitted.error < missed / 2)
-    mapped |= abs(np.log(rms[1] / rms[0])) > np.log(MAP_SIZE)
-    there, back = list(plain), list(plain)
-    for i in np.flatnonzero(mapped):
-        there[i] = _mapping(fitted, rms, int(i), to_base=True)
-        back[i] = _mapping(fitted, rms, int(i), to_base=False)
-    return (there, back), mapped
-
-
-def _token_states(
-    model: Model, tokens: Sequence[Sequence[int]]
-) -> Float[np.ndarray, "token boundary d_model"]:
-    """States of neutral tokens but the first of each text, whose size is out of proportion in many models."""
-    sites = [Site(layer) for layer in range(-1, model.n_layers)]
-    ends = np.cumsum([len(row) - 1 for row in tokens])
-    used = tokens[: int(np.searchsorted(ends, MAP_TOKENS)) + 1]
-    found = []
-    for index in token_batches(used, _budget(model, max(map(len, used)))):
-        batch = pad_tokens([used[i] for i in index], model.device)
-        inner = batch.mask.bool()
-        inner[:, 0] = False
-        with torch.inference_mode():
-            run = model.run(batch, read=sites, last_layer=model.n_layers - 1)
-            found.append(torch.stack([run.acts[site][inner] for site in sites], 1).double().cpu().numpy())
-    return np.concatenate(found)
-
-
-def _mapping(
-    fitted: NeutralMap, rms: Float[np.ndarray, "model=2 boundary"], i: int, *, to_base: bool
-) -> Crossing:
-    """state → rms·(R(state/rms − centre) + centre') of the other model; the first token keeps the second model's own state."""
-    a, b = (1, 0) if to_base else (0, 1)
-    turn = fitted.left[i] @ fitted.right[i].T
-    turn = turn.T if to_base else turn
-    matrix = torch.as_tensor(turn * (rms[b, i] / rms[a, i]), dtype=torch.float32)
-    shift = fitted.centres[b, i] * rms[b, i] - (fitted.centres[a, i] * rms[b, i]) @ turn
-    offset = torch.as_tensor(shift, dtype=torch.float32)
-
-    def cross(first: Tensor, second: Tensor) -> Tensor:
-        moved = (first.float() @ matrix.to(first.device) + offset.to(first.device)).to(second.dtype)
-        # A first token sees only itself: in both models it stands for the same thing, and it is far from all others.
-        return torch.cat([second[:, :1], moved[:, 1:]], 1)
-
-    return cross

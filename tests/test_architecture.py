@@ -16,29 +16,34 @@ PACKAGE = Path(empathy_probes.__file__).parent
 # The newcomer's map: everything on a line may import from the lines above it.
 FLOORS = (
     {"errors"},
-    {"stats", "sites", "interventions", "store", "batches"},
+    {"stats", "sites", "interventions", "store", "batches", "roles"},
     {"kernels", "stimuli", "activations", "grammar"},
     {"prompts", "probes", "coding", "concepts", "contrasts", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls"},
     {"pairs", "extraction", "decisions", "measurements", "lens", "vectors"},
     {"design", "planting", "redraws", "rows"},
     {"directions", "gains", "readouts"},
+    {"crossings", "textpairs"},
+    {"sweeps"},
     {
         "ablation",
         "attenuation",
         "attribution",
         "doctor",
         "expression",
+        "gradients",
         "interchange",
+        "patching",
         "steering",
         "stitching",
+        "transplants",
     },
     {"scorecard", "secondary", "verdicts", "stages", "phantoms"},
     {"attacks"},
     {"ledger", "specs", "summaries"},
     {"study", "calibration"},
     {"wording", "drawing"},
-    {"tables", "coupling_plots", "stitching_plots", "attribution_plots", "steering_plots"},
+    {"tables", "coupling_plots", "stitching_plots", "attribution_plots", "steering_plots", "patching_plots"},
     {"plots", "pages"},
     {"effects"},
     {"report"},
@@ -46,7 +51,16 @@ FLOORS = (
     {"cli"},
 )
 # One-line methods of results that show themselves.
-QUESTIONS = ("attenuation", "attribution", "expression", "gains", "stitching")
+QUESTIONS = (
+    "attenuation",
+    "attribution",
+    "expression",
+    "gains",
+    "gradients",
+    "patching",
+    "stitching",
+    "transplants",
+)
 LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
 
 

@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 # What the notebook is about, found and printed.
 FOUND = {
     "01_attenuation": "valence    Attenuated by block 3",
+    "02_patching": "planted at block 3",
     "03_steering": "nats per dose, n = 40",
     "04_attribution": "L3 MLP        base  0.013   aligned -0.392",
 }
