@@ -20,6 +20,7 @@ from empathy_probes.pairs import ModelPair
 from empathy_probes.prompts import RenderedPrompt, Style, has_chat_template, render
 from empathy_probes.sites import COMPONENTS
 from empathy_probes.stimuli import Stimulus, StimulusSet
+from empathy_probes.store import digest_of
 
 TEMPLATES = ("raw", "shared", "own", "both")
 MIN_SCENARIOS = 30
@@ -55,6 +56,8 @@ class Design:
     neutral_names: tuple[str, ...]
     """The neutral sets, one per kind of read position."""
     flags: tuple[str, ...]
+    neutral: tuple[str, ...]
+    """Texts of no concept, for the map between models, the covariance, perplexity and the size of a dose."""
 
 
 def design_study(
@@ -115,6 +118,7 @@ def design_study(
         prompts,
         tuple(neutral_sets),
         flags,
+        texts,
     )
 
 
@@ -222,7 +226,7 @@ def describe_design(design: Design) -> dict[str, Any]:
         },
         "design": {
             "template": list(design.templates), "sites": list(design.components), "layers": list(design.layers),
-            "flags": list(design.flags),
+            "flags": list(design.flags), "neutral": digest_of(list(design.neutral)),
         },
     }  # fmt: skip
 

@@ -18,6 +18,7 @@ from empathy_probes import wording
 from empathy_probes.attribution_plots import attribution_figure, attribution_plotly
 from empathy_probes.coupling_plots import coupling_figure, coupling_plotly
 from empathy_probes.pages import Picture, Section, Tables, head_and_rows, make_picture, parts, slug
+from empathy_probes.patching_plots import patching_figure, patching_plotly
 from empathy_probes.steering_plots import gain_figure
 from empathy_probes.stitching_plots import stitching_figure, stitching_plotly
 
@@ -69,6 +70,14 @@ EFFECTS = {
         "readout against dose in both models with the band of random directions, and the perplexity that each dose costs",
         gain_figure,
         None,
+    ),
+    "patching": Effect(
+        "Where is it carried to the answer?",
+        "An activation of the text that shows the concept is put into the run of its matched twin (denoise: is it sufficient?), and the "
+        "other way round (noise: is it necessary?), layer by layer and place by place. 0 is nothing, 1 the whole effect.",
+        "share of the effect that patching each layer recovers, by place, direction and model",
+        patching_figure,
+        patching_plotly,
     ),
     "attribution": Effect(
         "Who writes it?",

@@ -274,3 +274,6 @@ def _patch_pairs(
         concept, template, name, places, directions, pairs.scenarios, pairs.units, plain["noise"], plain["denoise"],
         np.stack(patched),
     )  # fmt: skip
+
+
+TYPES = {cls.__name__: cls for cls in (Patching, PatchedConcept, Place, Settings)}

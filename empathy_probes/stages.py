@@ -8,24 +8,29 @@ and the study says so, while a model that cannot be continued from a state is re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
+from empathy_probes import __version__
 from empathy_probes.attenuation import TYPES as FINDING_TYPES
 from empathy_probes.attenuation import Finding, measure
 from empathy_probes.attribution import TYPES as ATTRIBUTION_TYPES
 from empathy_probes.attribution import Attribution, attribute_design
-from empathy_probes.design import Design, Settings
+from empathy_probes.design import Design, Settings, describe_design
 from empathy_probes.errors import InputError
 from empathy_probes.expression import CoupledConcept, Coupling, couple
 from empathy_probes.gains import TYPES as GAIN_TYPES
 from empathy_probes.gains import Gain
+from empathy_probes.patching import TYPES as PATCHING_TYPES
+from empathy_probes.patching import Patching, patch_design
 from empathy_probes.readouts import has_readout, with_readout
 from empathy_probes.steering import dose_response_design, spread_layers
 from empathy_probes.stitching import StitchedConcept, Stitching, check_replay, stitch_design
-from empathy_probes.store import Store
+from empathy_probes.store import Store, digest_of
 
 STAGES = ("encode", "use", "express")
+PATCHED_LAYERS = 12
 STEERED_LAYERS, STEERED_DOSES = 4, (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
 
 
@@ -63,6 +68,18 @@ def _steer(design: Design, settings: Settings, store: Store) -> Gain:
     return dose_response_design(asked, settings, store, doses=STEERED_DOSES)
 
 
+def _patch(design: Design, settings: Settings, store: Store) -> Patching:
+    blocks = [layer for layer in design.layers if layer >= 0]
+    layers = tuple(blocks[i] for i in spread_layers(len(blocks), PATCHED_LAYERS))
+    return patch_design(replace(design, layers=(-1, *layers), components=("resid_post",)), settings)
+
+
+def _one_sided(design: Design) -> str | None:
+    if any(c.stimuli.kind == "binary" and has_readout(c.stimuli) for c in _targets(design).concepts):
+        return None
+    return "no target has a readout and two labels"
+
+
 def _not_additive(design: Design) -> str | None:
     refusals = [model.additivity_refusal for model in design.pair.models if model.additivity_refusal]
     if refusals:
@@ -83,12 +100,14 @@ QUESTIONS = (
     Question("coupling", "express", couple),
     Question("stitching", "use", stitch_design, _own),
     Question("gain", "use", _steer),
+    Question("patching", "use", _patch, _one_sided),
     Question("attribution", "use", _attribute, _not_additive),
 )
 TYPES = {
     **FINDING_TYPES,
     **ATTRIBUTION_TYPES,
     **GAIN_TYPES,
+    **PATCHING_TYPES,
     **{cls.__name__: cls for cls in (Coupling, CoupledConcept, Stitching, StitchedConcept)},
 }
 """Every dataclass that a saved study may hold, by name."""
@@ -143,8 +162,20 @@ def plan_questions(design: Design, stages: Sequence[str]) -> tuple[tuple[Questio
 def answer_questions(
     questions: Sequence[Question], design: Design, settings: Settings, store: Store
 ) -> tuple[Any, ...]:
-    """Ask all of them, in order; work that is in the store is not done again."""
-    return tuple(question.answer(design, settings, store) for question in questions)
+    """Ask all of them, in order; an answer that is in the store is not worked out again."""
+    described = [
+        describe_design(design),
+        [model.fingerprint for model in design.pair.models],
+        asdict(settings),
+    ]
+    return tuple(
+        store.remember_record(
+            digest_of([question.key, __version__, described]),
+            partial(question.answer, design, settings, store),
+            TYPES,
+        )
+        for question in questions
+    )
 
 
 def finding_of(results: Sequence[Any]) -> Finding:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from empathy_probes.activations import Activations
 from empathy_probes.batches import pad_tokens
-from empathy_probes.concepts import Concept, load_neutral
+from empathy_probes.concepts import Concept
 from empathy_probes.design import Design, Settings, describe_design, design_study, neutral_name
 from empathy_probes.directions import N_FOLDS, cross_fitted_directions, scenario_differences, unit_rows
 from empathy_probes.errors import InputError
@@ -136,7 +136,7 @@ def dose_response_design(
                 "equal a plain run; run the encode stage only"
             )
     layers = tuple(layer for layer in design.layers if layer >= 0)
-    texts = load_neutral() if neutral is None else tuple(neutral)
+    texts = design.neutral if neutral is None else tuple(neutral)
     rms = np.stack([neutral_rms(model, SITE, texts)[list(layers)] for model in pair.models])
     controls = tuple(c for c in design.concepts if c.role == "control" and c.stimuli.kind != "categorical")
     found, losses = [], {}

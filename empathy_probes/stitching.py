@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from empathy_probes.batches import TokenBatch
-from empathy_probes.concepts import Concept, load_neutral
+from empathy_probes.concepts import Concept
 from empathy_probes.crossings import Crossing, fit_crossings, neutral_states
 from empathy_probes.design import Design, Settings, describe_design, design_study
 from empathy_probes.errors import InputError
@@ -282,7 +282,7 @@ def stitch_design(
         raise InputError(
             "stitching got the template 'own', expected the same tokens in both models; use --template raw or shared"
         )
-    texts = (load_neutral() if neutral is None else tuple(neutral))[:NEUTRAL_TEXTS]
+    texts = (design.neutral if neutral is None else tuple(neutral))[:NEUTRAL_TEXTS]
     tokens = [prompt.ids for prompt in render_texts(pair.base.tokenizer, texts) if len(prompt.ids) > 1]
     states = neutral_states(pair.base, tokens), neutral_states(pair.aligned, tokens)
     crossings, mapped = fit_crossings(states)

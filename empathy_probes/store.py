@@ -96,6 +96,17 @@ class Store:
             self.write(key, found)
         return found["values"]
 
+    def remember_record(self, key: str, compute: Callable[[], Any], types: Mapping[str, type]) -> Any:
+        """A frozen dataclass under a key, as `remember` keeps an array; `types` as in `load_record`."""
+        fs, path = self._place(f"{key}.safetensors")
+        try:
+            with fs.open(path, "rb") as file:
+                return record_from_bytes(file.read(), types, path)
+        except (FileNotFoundError, StoreError):
+            record = compute()
+            write_atomically(fs, path, record_to_bytes(record))
+            return record
+
     def drop_parts(self, key: str) -> None:
         """Remove the shards of a computation that has finished."""
         fs, folder = self._place(f"{key}.parts")
@@ -205,12 +216,17 @@ def save_record(record: Any, path: str | Path) -> None:
 
     Nested dataclasses, tuples, dicts with string keys, numbers, strings, None and numpy arrays are kept.
     """
+    write_file(Path(path), record_to_bytes(record))
+
+
+def record_to_bytes(record: Any) -> bytes:
+    """What `save_record` writes."""
     arrays: dict[str, np.ndarray] = {}
     tree = _pack(record, "", arrays)
     header = json.dumps(
         {"schema_version": SCHEMA_VERSION, "record": tree}, sort_keys=True, ensure_ascii=False
     )
-    write_file(Path(path), save(arrays, metadata={HEADER: header}))
+    return save(arrays, metadata={HEADER: header})
 
 
 def load_record(path: str | Path, types: Mapping[str, type]) -> Any:
@@ -223,22 +239,27 @@ def load_record(path: str | Path, types: Mapping[str, type]) -> Any:
     Raises:
         StoreError: the file is missing, is no record, or has a newer schema than this version knows.
     """
-    path = Path(path)
     try:
-        data = path.read_bytes()
-        arrays = load(data)
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][HEADER])
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         raise StoreError(
             f"no saved result at {path}: expected a file that this package wrote; check the path"
         ) from None
+    return record_from_bytes(data, types, path)
+
+
+def record_from_bytes(data: bytes, types: Mapping[str, type], path: str | Path) -> Any:
+    """What `record_to_bytes` packed; `path` is named in errors."""
+    try:
+        arrays = load(data)
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][HEADER])
     except (SafetensorError, KeyError, ValueError) as error:
         raise StoreError(
             f"{path} is no saved result ({type(error).__name__}): expected a safetensors file with a {HEADER} header; make it again"
         ) from None
     check_schema(header["schema_version"], path)
-    return _unpack(header["record"], arrays, types, path)
+    return _unpack(header["record"], arrays, types, Path(path))
 
 
 def check_schema(found: int, path: str | Path) -> None:
