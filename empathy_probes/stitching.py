@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from empathy_probes.batches import TokenBatch
+from empathy_probes.batches import TokenBatch, pad_tokens
 from empathy_probes.concepts import Concept
 from empathy_probes.crossings import Crossing, fit_crossings, neutral_states
 from empathy_probes.design import Design, Settings, describe_design, design_study
