@@ -95,6 +95,20 @@ def cross_fitted_directions(
     return found
 
 
+def direction_cosine(
+    differences: Float[np.ndarray, "unit layer d_model"], folds: Int[np.ndarray, " unit"]
+) -> Float[np.ndarray, " layer"]:
+    """Estimated cosine of the cross-fitted directions with the mean difference of all scenarios there could be.
+
+    sqrt(U / mean ‖D̄‖²): U, the mean of <D_s, D_t> over different scenarios, has no noise in it, the squared length of a
+    fold's mean has. What is measured along a direction is smaller by about this factor than along the true one; 0 where U is negative.
+    """
+    n = len(differences)
+    u = ((differences.sum(0) ** 2).sum(-1) - (differences**2).sum((0, 2))) / (n * (n - 1))
+    fitted = [(differences[folds != f].mean(0) ** 2).sum(-1) for f in range(int(folds.max()) + 1)]
+    return np.sqrt(np.clip(u, 0, None) / np.maximum(np.mean(fitted, axis=0), 1e-300)).clip(max=1.0)
+
+
 ESTIMATORS: dict[str, Estimator] = {
     "difference_of_means": difference_of_means,
     "pca_of_differences": pca_of_differences,

@@ -29,6 +29,9 @@ GAIN_COLUMNS = [
 ]  # fmt: skip
 MODELS = ("base", "aligned")
 SITE = "resid_post"
+# A direction fitted from weak contrasts is noisy, and a noisy direction has a small gain whatever the model reads: below this
+# cosine a gain, and a difference of gains between models, may be that.
+SHARP = 0.9
 BOUND = 1.1
 """Largest ratio of neutral perplexity that a tolerable dose may cost."""
 
@@ -53,6 +56,8 @@ class SteeredConcept:
     """The same along cross-fitted directions of shuffled labels."""
     controls: Float[np.ndarray, "model=2 layer control"]
     """The same along the control concepts' directions."""
+    cosine: Float[np.ndarray, "model=2 layer"]
+    """Estimated cosine of the fitted direction with the true one: a gain is too small by about this factor."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +205,7 @@ class Gain:
         gain = self.gain(concept)
         low, high = self.null_band(concept)[:, model, layer]
         found = ["base_direction"] if self.directions == "base" else []
+        found += ["noisy_direction"] if concept.cosine[model, layer] < SHARP else []
         if gain.lower[model, layer] <= 0 <= gain.upper[model, layer]:
             found.append("gain_not_detected")
         if low <= concept.tangents[model, layer].mean() <= high:
@@ -272,6 +278,7 @@ class Gain:
                         f"ed50_{model}_lower": ed50.lower[m, i], f"ed50_{model}_upper": ed50.upper[m, i],
                         f"tolerated_{model}": kept[1, m, i], f"p_random_{model}": p["random"][m, i],
                         f"p_shuffled_{model}": p["shuffled"][m, i],
+                        f"cosine_{model}": c.cosine[m, i],
                     }  # fmt: skip
                 row |= {
                     "attenuation": lost.value[i],

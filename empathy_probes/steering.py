@@ -25,7 +25,13 @@ from empathy_probes.activations import Activations
 from empathy_probes.batches import pad_tokens
 from empathy_probes.concepts import Concept
 from empathy_probes.design import Design, Settings, describe_design, design_study, neutral_name
-from empathy_probes.directions import N_FOLDS, cross_fitted_directions, scenario_differences, unit_rows
+from empathy_probes.directions import (
+    N_FOLDS,
+    cross_fitted_directions,
+    direction_cosine,
+    scenario_differences,
+    unit_rows,
+)
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract
 from empathy_probes.gains import BOUND, MODELS, SITE, Gain, SteeredConcept, cost_key
@@ -240,6 +246,7 @@ def _steer(
         "random": random_slopes(slopes, neutral, rng),
         "shuffled": shuffled_slopes(slopes, differences, folds, rng),
         "controls": np.einsum("ulk,clk->lc", slopes, pushed) / len(slopes),
+        "cosine": direction_cosine(differences, folds),
         "neutral_loss": neutral_cost(model, unit_rows(differences.mean(0)), layers, rms, doses, texts),
     }
 

@@ -224,7 +224,7 @@ def made(slopes: tuple[float, float], noise: float = 0.01, bend: float = 0.0, n:
     curves = each * x[:, None] + bend * (x**2)[:, None] + 1
     steered = SteeredConcept(
         "demo", "target", "raw", tuple(f"s{i}" for i in range(n)), curves, np.full((2, n), 4.0) + rng.standard_normal((2, n)) * 0.01,
-        curves[:, :, 0] * 0 + each[:, :, 0], rng.standard_normal((2, 1, 999)), rng.standard_normal((2, 1, 999)), np.zeros((2, 1, 0)),
+        curves[:, :, 0] * 0 + each[:, :, 0], rng.standard_normal((2, 1, 999)), rng.standard_normal((2, 1, 999)), np.zeros((2, 1, 0)), np.ones((2, 1)),
     )  # fmt: skip
     loss = np.log(np.array([50.0, 10.5, 10.0, 10.9, 11.2]))
     costs = {"demo/raw": np.tile(loss, (2, 1, 1))}
@@ -257,6 +257,12 @@ def test_where_the_base_gains_nothing_there_is_no_ratio() -> None:
     lost = gain.attenuation(c)
     assert np.isnan([lost.value[0], lost.lower[0], lost.upper[0]]).all()
     assert "gain_not_detected" in gain.flags(c, 0, 0)
+
+
+def test_a_gain_along_a_noisy_direction_is_flagged() -> None:
+    gain = made((8.0, 2.0))
+    noisy = dataclasses.replace(gain.concepts[0], cosine=np.array([[0.95], [0.6]]))
+    assert "noisy_direction" not in gain.flags(noisy, 0, 0) and "noisy_direction" in gain.flags(noisy, 1, 0)
 
 
 def test_the_interval_of_an_attenuated_gain_holds_the_truth() -> None:

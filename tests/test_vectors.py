@@ -21,6 +21,7 @@ from empathy_probes.directions import (
     ESTIMATORS,
     cross_fitted_directions,
     difference_of_means,
+    direction_cosine,
     fit_vector,
     pca_of_differences,
 )
@@ -245,6 +246,20 @@ def test_cross_fitted_directions_owe_nothing_to_their_own_fold() -> None:
     assert not np.allclose(before[0], after[0])
     with pytest.raises(InputError, match="do not differ"):
         cross_fitted_directions(np.zeros((20, 2, 6)), folds)
+
+
+@pytest.mark.parametrize("signal", [1.0, 0.25])
+def test_the_cosine_with_the_true_direction_is_known_without_it(signal: float) -> None:
+    # Noise of eight times the squared signal of 1, 100 scenarios, 256 dimensions; the mean of 30 draws is known to about .01.
+    rng, folds = np.random.default_rng(0), np.arange(100) % 5
+    true, found = [], []
+    for _ in range(30):
+        differences = rng.standard_normal((100, 1, 256)) * np.sqrt(8 / 256)
+        differences[..., 0] += signal
+        true.append(cross_fitted_directions(differences, folds)[:, 0, 0].mean())
+        found.append(direction_cosine(differences, folds)[0])
+    assert np.mean(found) == pytest.approx(np.mean(true), abs=0.04)
+    assert (np.mean(true) > 0.9) == (signal == 1.0)
 
 
 def test_a_vector_fitted_in_a_model_is_the_one_of_its_finding(tmp_path: Path) -> None:
