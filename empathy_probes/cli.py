@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEMO_PHANTOM = "planted-valence"
 DEMO_SCENARIOS = 60
-DEMO_NEUTRAL = 1000
+DEMO_NEUTRAL = 500
 
 
 class _Parser(argparse.ArgumentParser):

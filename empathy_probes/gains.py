@@ -125,22 +125,24 @@ class Gain:
     def decision(self, concept: str, template: str) -> str:
         """What became of the gain over all layers steered: attenuated, equivalent, inconclusive; empty where nothing is detected.
 
-        Attenuated where any layer's interval, at a level that holds for all layers together (Bonferroni), lies beyond the margin;
+        Only layers count at which both models' directions are known well enough (`SHARP`): a noisy direction has a small gain by
+        itself. Attenuated where any layer's interval, at a level that holds for all layers together (Bonferroni), lies beyond the margin;
         equivalent where the 90 % intervals of all layers with a detected base lie within it.
         """
         found = [c for c in self.concepts if (c.concept, c.template) == (concept, template)]
         if not found:
             return ""
         margin = self.settings.margin
+        sharp = (found[0].cosine >= SHARP).all(0)
         strict = self.attenuation(found[0], 1 - (1 - LEVEL) / len(self.layers))
-        known = ~np.isnan(strict.value)
+        known = ~np.isnan(strict.value) & sharp
         if not known.any():
             return ""
         if (strict.lower[known] > margin).any():
             return "attenuated"
         narrow = self.attenuation(found[0], 0.90)
         inside = (narrow.lower > -margin) & (narrow.upper < margin)
-        return "equivalent" if inside[~np.isnan(narrow.value)].all() else "inconclusive"
+        return "equivalent" if inside[~np.isnan(narrow.value) & sharp].all() else "inconclusive"
 
     @property
     def _same_model(self) -> bool:

@@ -111,7 +111,7 @@ def ledger_frame(
         used, express = None, None
         if stitching and m.concept in stitched:
             decided = gain.decision(m.concept, template) if gain is not None else None
-            used = Used(stitching.loss(stitched[m.concept]), decided or None)
+            used = Used(stitching.loss(stitched[m.concept]), decided)
         if coupling and m.concept in expressed:
             express = coupling.decision(expressed[m.concept])
         row |= {

@@ -30,8 +30,8 @@ from empathy_probes.stitching import StitchedConcept, Stitching, check_replay, s
 from empathy_probes.store import Store, digest_of
 
 STAGES = ("encode", "use", "express")
-PATCHED_LAYERS = 12
-STEERED_LAYERS, STEERED_DOSES = 4, (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
+PATCHED_LAYERS = 8
+STEERED_LAYERS, STEERED_DOSES = 3, (-0.5, -0.1, 0.0, 0.1, 0.5)
 
 
 @dataclass(frozen=True)
