@@ -18,6 +18,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _MODULES = {
     "attenuation": ("Finding", "load_finding", "measure", "measure_attenuation"),
+    "audit": ("Audit", "audit_concept", "audit_concepts", "audit_library"),
     "calibration": ("calibrate",),
     "concepts": (
         "Concept", "list_concepts", "load_concept", "load_concept_file", "load_controls", "load_neutral", "load_targets",
@@ -60,6 +61,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from empathy_probes.attenuation import Finding, load_finding, measure, measure_attenuation
+    from empathy_probes.audit import Audit, audit_concept, audit_concepts, audit_library
     from empathy_probes.calibration import calibrate
     from empathy_probes.concepts import (
         Concept,
