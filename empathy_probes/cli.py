@@ -358,7 +358,7 @@ def _list_concepts(args: argparse.Namespace) -> int:
     for mechanism in (*MECHANISMS, ""):
         print(mechanism or "controls")
         for row in rows:
-            if row["mechanism"] == mechanism:
+            if (row["mechanism"] if row["role"] == "target" else "") == mechanism:
                 print(
                     f"  {row['name']:<16} {row['n_scenarios']:>3} scenarios  {row['speaker']:<12}  {row['dimension']:<10}  {row['digest'][:12]}"
                 )
@@ -366,9 +366,9 @@ def _list_concepts(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from empathy_probes.audit import audit_concepts, audit_library
+    from empathy_probes.audit import audit_concepts, audit_library, shipped_concepts
     from empathy_probes.audit_tables import describe_audit, docs_page, plain_audit
-    from empathy_probes.concepts import list_concepts, load_concept, load_concept_file
+    from empathy_probes.concepts import load_concept, load_concept_file
 
     if args.names:
         concepts = [
@@ -376,7 +376,7 @@ def _audit(args: argparse.Namespace) -> int:
             for name in args.names
             for concept in (load_concept_file(name) if Path(name).suffix else [load_concept(name)])
         ]
-        audits = audit_concepts(concepts, [load_concept(name) for name in list_concepts()])
+        audits = audit_concepts(concepts, shipped_concepts())
     else:
         audits = audit_library()
     if args.json:
