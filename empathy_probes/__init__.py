@@ -20,6 +20,7 @@ _MODULES = {
     "attribution": ("Attribution", "attribute", "attribute_design", "largest_writers", "load_attribution"),
     "ablation": ("Ablation", "ablate"),
     "attenuation": ("Finding", "load_finding", "measure", "measure_attenuation"),
+    "audit": ("Audit", "audit_concept", "audit_concepts", "audit_library"),
     "calibration": ("calibrate",),
     "concepts": (
         "Concept", "list_concepts", "load_concept", "load_concept_file", "load_controls", "load_neutral", "load_targets",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
         largest_writers,
         load_attribution,
     )
+    from empathy_probes.audit import Audit, audit_concept, audit_concepts, audit_library
     from empathy_probes.calibration import calibrate
     from empathy_probes.concepts import (
         Concept,

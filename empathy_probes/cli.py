@@ -1,7 +1,7 @@
 """The command line: the same verbs as the notebook, with exit codes other programs can rely on.
 
-0 done · 2 bad input, one sentence on standard error · 130 interrupted, run the same command to go on ·
-1 a defect of ours. Results go to standard output, progress and messages to standard error.
+0 done · 2 bad input, one sentence on standard error · 3 an audit failed · 130 interrupted, run the same command
+to go on · 1 a defect of ours. Results go to standard output, progress and messages to standard error.
 """
 
 from __future__ import annotations
@@ -105,8 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", metavar="DIR")
     report.set_defaults(command=_report)
 
-    concepts = commands.add_parser("concepts", parents=[anywhere], help="list the shipped concepts")
-    concepts.add_argument("--json", action="store_true", help="print rows as JSON")
+    concepts = commands.add_parser(
+        "concepts", parents=[anywhere], help="list the shipped concepts, or audit texts"
+    )
+    concepts.add_argument(
+        "action", nargs="?", choices=("audit",), metavar="audit", help="audit instead of listing; exit 3 if a check fails"
+    )  # fmt: skip
+    concepts.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME|FILE",
+        help="shipped concepts or stimuli files (default: all shipped)",
+    )
+    concepts.add_argument("--json", action="store_true", help="print rows (or audits) as JSON")
+    concepts.add_argument("--markdown", action="store_true", help="print the audit as docs/concepts.md")
     concepts.set_defaults(command=_concepts)
 
     _add_phantom(commands, anywhere)
@@ -359,7 +371,15 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _concepts(args: argparse.Namespace) -> int:
-    from empathy_probes.concepts import list_concepts, load_concept
+    if args.markdown and (args.action != "audit" or args.json):
+        raise InputError(
+            "--markdown got no audit, or --json beside it, expected 'concepts audit --markdown'; drop one of them"
+        )
+    return _audit(args) if args.action == "audit" else _list_concepts(args)
+
+
+def _list_concepts(args: argparse.Namespace) -> int:
+    from empathy_probes.concepts import MECHANISMS, list_concepts, load_concept
 
     rows: list[dict[str, Any]] = [
         {
@@ -371,12 +391,37 @@ def _concepts(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows))
         return 0
-    for row in rows:
-        what = f"{row['mechanism']}, {row['dimension']}" if row["role"] == "target" else "control"
-        print(
-            f"{row['name']:<12} {row['n_scenarios']:>4} scenarios  {row['speaker']:<12} {row['digest'][:12]}  {what}"
-        )
+    for mechanism in (*MECHANISMS, ""):
+        print(mechanism or "controls")
+        for row in rows:
+            if (row["mechanism"] if row["role"] == "target" else "") == mechanism:
+                print(
+                    f"  {row['name']:<16} {row['n_scenarios']:>3} scenarios  {row['speaker']:<12}  {row['dimension']:<10}  {row['digest'][:12]}"
+                )
     return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from empathy_probes.audit import audit_concepts, audit_library, shipped_concepts
+    from empathy_probes.audit_tables import describe_audit, docs_page, plain_audit
+    from empathy_probes.concepts import load_concept, load_concept_file
+
+    if args.names:
+        concepts = [
+            concept
+            for name in args.names
+            for concept in (load_concept_file(name) if Path(name).suffix else [load_concept(name)])
+        ]
+        audits = audit_concepts(concepts, shipped_concepts())
+    else:
+        audits = audit_library()
+    if args.json:
+        print(json.dumps([plain_audit(audit) for audit in audits], ensure_ascii=False))
+    elif args.markdown:
+        print(docs_page(audits), end="")
+    else:
+        print("\n\n".join(map(describe_audit, audits)))
+    return 3 if any(audit.verdict == "fail" for audit in audits) else 0
 
 
 def _phantom(args: argparse.Namespace) -> int:

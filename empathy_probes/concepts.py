@@ -21,7 +21,8 @@ MECHANISMS = ("sentiment_attenuation", "granularity_mismatch", "conflict_avoidan
 DIMENSIONS = ("cognitive", "cultural", "relational")
 SPEAKERS = ("user", "assistant", "third_person")
 REQUIRED = ("name", "role", "mechanism", "dimension", "speaker", "read", "description")
-OPTIONAL = ("labels", "author", "date", "version", "licence", "notes")
+OPTIONAL = ("labels", "exceptions", "author", "date", "version", "licence", "notes")
+TABLES = ("labels", "exceptions")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Concept:
     stimuli: StimulusSet
     labels: dict[str, str] = field(default_factory=dict)
     """What each label means."""
+    exceptions: dict[str, str] = field(default_factory=dict)
+    """Why a check of the audit may be missed, by its name."""
 
     @property
     def digest(self) -> str:
@@ -122,11 +125,21 @@ def _read_toml(path: Path) -> dict[str, Any]:
             f"{path}: missing keys [{', '.join(missing)}], unknown keys [{', '.join(unknown)}], expected "
             f"{', '.join(REQUIRED)} and optionally {', '.join(OPTIONAL)}; complete the description"
         )
-    types = {"read": (str, dict), "labels": (dict,), "version": (int, str), "date": (str, date)}
+    types = {
+        "read": (str, dict),
+        **dict.fromkeys(TABLES, (dict,)),
+        "version": (int, str),
+        "date": (str, date),
+    }
     for key, value in entry.items():
         if not isinstance(value, types.get(key, (str,))) or value == {}:
             raise InputError(
-                f"{path}, key '{key}': got {value!r}, expected {'a table' if key == 'labels' else 'a string'}; correct it"
+                f"{path}, key '{key}': got {value!r}, expected {'a table' if key in TABLES else 'a string'}; correct it"
+            )
+    for check, why in entry.get("exceptions", {}).items():
+        if not isinstance(why, str) or not why.strip():
+            raise InputError(
+                f"{path}, key 'exceptions.{check}': got {why!r}, expected a sentence; say why the check may be missed"
             )
     choices = {"role": ("target", "control"), "speaker": SPEAKERS}
     if entry["role"] == "target":
@@ -157,4 +170,5 @@ def _described(description: Path, stimuli_file: Path | None = None) -> Concept:
         name=entry["name"], role=entry["role"], mechanism=entry["mechanism"], dimension=entry["dimension"],
         speaker=entry["speaker"], description=entry["description"], stimuli=sets[0],
         labels={str(key): str(value) for key, value in entry.get("labels", {}).items()},
+        exceptions={check: " ".join(why.split()) for check, why in entry.get("exceptions", {}).items()},
     )  # fmt: skip

@@ -9,6 +9,7 @@ score comes from a probe that saw no text of its scenario.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
@@ -72,22 +73,35 @@ def is_binary(labels: Num[np.ndarray, "..."]) -> bool:
 def lexical_scores(
     texts: Sequence[str], labels: Num[np.ndarray, "contrast n"], units: Sequence[str], seed: int
 ) -> Float[np.ndarray, "contrast n"]:
-    """Out-of-fold scores of a bag of words (TF-IDF and the same ridge): the lexical floor.
+    """Out-of-fold scores of a bag of words (TF-IDF and the same ridge): the lexical floor."""
+    return counted_scores(count_words(texts)[0], labels, units, seed)
 
-    Vocabulary and weights are fitted on the training folds only.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
+
+def counted_scores(
+    counts: Any, labels: Num[np.ndarray, "contrast n"], units: Sequence[str], seed: int
+) -> Float[np.ndarray, "contrast n"]:
+    """The same from the sparse counts of `count_words`; vocabulary and weights are those of the training folds only."""
+    from sklearn.feature_extraction.text import TfidfTransformer
 
     folds = grouped_folds(units, N_FOLDS, seed)
     scores = np.empty(labels.shape)
     for fold in np.unique(folds):
-        train = [text for text, f in zip(texts, folds, strict=True) if f != fold]
-        # Single letters and punctuation are words too: "I" against "one" is a lexical cue.
-        vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b|[^\w\s]", sublinear_tf=True).fit(train)
-        features = vectorizer.transform(texts).toarray()[:, None, :]
-        held_out = (folds == fold).astype(int)
-        scores[:, folds == fold] = cross_fitted_scores(features, labels, held_out)[0][:, folds == fold]
+        held_out = folds == fold
+        known = counts[:, np.flatnonzero(counts[~held_out].getnnz(0))]
+        features = TfidfTransformer(sublinear_tf=True).fit(known[~held_out]).transform(known)
+        gram = (features @ features.T).toarray()[None]
+        scores[:, held_out] = _scores(gram, None, labels, held_out.astype(int))[0][:, held_out]
     return scores
+
+
+def count_words(texts: Sequence[str], *, characters: bool = False) -> tuple[Any, list[str]]:
+    """How often each word (or run of 2 to 5 characters) stands in each text, a sparse matrix; and the words."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    # Single letters and punctuation are words too: "I" against "one" is a lexical cue.
+    words = {"token_pattern": r"(?u)\b\w+\b|[^\w\s]"}
+    vectorizer = CountVectorizer(**{"analyzer": "char", "ngram_range": (2, 5)} if characters else words)
+    return vectorizer.fit_transform(texts), list(vectorizer.get_feature_names_out())
 
 
 # ---------------------------------------------------------------- bits

@@ -197,7 +197,10 @@ def test_concepts_lists_what_is_shipped(capsys: Any) -> None:
     assert set(listed[0]) == {"name", "role", "mechanism", "dimension", "speaker", "n_scenarios", "digest"}
     assert {"valence", "distance", "tense", "number"} <= {row["name"] for row in listed}
     assert cli.main(["concepts"]) == 0
-    assert "valence" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line for line in lines if not line.startswith(" ")]
+    assert heads[0] == "sentiment_attenuation" and heads[-1] == "controls" and len(heads) == 5
+    assert {line.split()[0] for line in lines if line.startswith(" ")} == {row["name"] for row in listed}
 
 
 BAD = {
