@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from empathy_probes.errors import InputError
+from empathy_probes.public_data import FORMATS
 from empathy_probes.stimuli import StimulusSet, load_stimuli
 
 MECHANISMS = ("sentiment_attenuation", "granularity_mismatch", "conflict_avoidance", "linguistic_distancing")
@@ -86,11 +87,18 @@ def load_controls() -> tuple[Concept, ...]:
 
 
 def load_concept_file(path: str | Path, role: Literal["target", "control"] = "target") -> tuple[Concept, ...]:
-    """The concepts of a stimuli file of one's own.
+    """The concepts of a stimuli file of one's own, or of a public corpus named as `FORMAT:PATH`.
 
     A TOML of the same stem beside the file describes it as shipped concepts are described; without one
     the speaker is the user. `role` always wins: a file named as a control is a control.
     """
+    format, _, place = str(path).partition(":")
+    if format in FORMATS:
+        speaker = FORMATS[format].speaker
+        return tuple(
+            Concept(stimuli.concept, role, "", "", speaker, f"{format}, paired by length", stimuli)
+            for stimuli in load_stimuli(place, format)
+        )
     path = Path(path)
     described = path.with_suffix(".toml")
     if described.is_file() and "base" not in _parse_toml(described):  # a study file may share the stem

@@ -1,8 +1,10 @@
 """Rendering: from a stimulus to token ids and read positions, under a template.
 
 `raw` is the plain text with the special tokens the tokenizer itself adds; `chat` is the tokenizer's own chat
-template. Message positions are found by rendering with a placeholder, spans by offset mapping, and both are
-verified by decoding; no tag is ever typed by hand. At most one BOS.
+template. A prompt ends where the answer begins: after the template's generation prompt, or, where the assistant spoke last,
+behind its last word and before the template closes its turn, so that what is asked continues those words. Message positions
+are found by rendering with a placeholder, spans by offset mapping, and both are verified by decoding; no tag is ever typed
+by hand. One BOS where the tokenizer begins plain text with one, whether the template writes it or not; none elsewhere.
 """
 
 from __future__ import annotations
@@ -35,24 +37,31 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins plain text with BOS."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+
+
 def render(tokenizer: Any, stimuli: StimulusSet, style: Style, speaker: str) -> tuple[RenderedPrompt, ...]:
     """Render every text of a stimulus set.
 
-    The read position `last` is the last token of the rendered prompt. A chat prompt whose last turn is not
-    the assistant's ends with the template's generation prompt: the state from which the model answers.
+    The read position `last` is the last token of the rendered prompt: the state from which the model goes on.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         stimuli: what to render.
         style: `raw` or `chat`.
-        speaker: whose state the texts carry; a plain text is that speaker's turn in a chat template.
+        speaker: whose state the texts carry; a plain text is that speaker's turn in a chat template. The assistant's stands
+            alone, or behind an empty turn of the user where the template wants the user to begin.
 
     Raises:
         InputError: a span or message cannot be located in the tokens, or BOS would stand twice.
     """
+    bos = str(tokenizer.bos_token) if style == "chat" and begins_with_bos(tokenizer) else ""
     rendered, ranges = [], []
     for item in stimuli.items:
-        text, where = _raw(item, stimuli) if style == "raw" else _chat(tokenizer, item, stimuli, speaker)
+        text, where = _raw(item, stimuli) if style == "raw" else _chat(tokenizer, item, stimuli, speaker, bos)
         rendered.append(text)
         ranges.append(where)
     needs_offsets = stimuli.read_kind != "last"
@@ -152,15 +161,20 @@ def _trimmed(span: str) -> tuple[int, int]:
 
 
 def _chat(
-    tokenizer: Any, item: Stimulus, stimuli: StimulusSet, speaker: str
+    tokenizer: Any, item: Stimulus, stimuli: StimulusSet, speaker: str, bos: str
 ) -> tuple[str, tuple[int, int] | None]:
-    role = "assistant" if speaker == "assistant" else "user"
-    messages = item.messages or (Message(role, item.text),)
-    text = _apply(tokenizer, messages, item, stimuli)
+    messages = item.messages or _as_turn(tokenizer, item, speaker)
+    last = len(messages) - 1
+    text = _apply(tokenizer, messages, item, stimuli, bos)
+    closed = text
+    if messages[last].role == "assistant":
+        origin = _locate(tokenizer, messages, last, closed, item, stimuli, bos)
+        text = closed[: origin + len(messages[last].content.rstrip())]
     if stimuli.read_kind == "last":
         return text, None
     if stimuli.read_kind == "message":
-        chosen, wanted = int(item.read or 0), messages[int(item.read or 0)].content
+        chosen = int(item.read or 0)
+        wanted = messages[chosen].content
     else:
         wanted = str(item.read)
         chosen = next((i for i, message in enumerate(messages) if wanted in message.content), -1)
@@ -169,38 +183,68 @@ def _chat(
                 f"concept '{stimuli.concept}', item '{item.id}': the span {wanted!r} crosses turns, expected it within "
                 "one message; choose a span of one turn"
             )
+    # The span is unique as it was written, spaces included.
+    offset = _locate(tokenizer, messages, chosen, closed, item, stimuli, bos)
+    offset += messages[chosen].content.index(wanted)
+    first, end = _trimmed(wanted)
+    return text, (offset + first, offset + end)
+
+
+def _as_turn(tokenizer: Any, item: Stimulus, speaker: str) -> tuple[Message, ...]:
+    """A plain text as its speaker's turn."""
+    if speaker != "assistant":
+        return (Message("user", item.text),)
+    alone = (Message("assistant", item.text),)
+    try:
+        _templated(tokenizer, alone)
+    except _refusals():
+        return (Message("user", ""), *alone)
+    return alone
+
+
+def _locate(
+    tokenizer: Any, messages: tuple[Message, ...], chosen: int, text: str, item: Stimulus, stimuli: StimulusSet, bos: str
+) -> int:  # fmt: skip
+    """Where a turn's content begins in the rendered text, its own leading spaces counted even where they are stripped."""
     # The turn's place is where a placeholder lands, so a tag or an earlier turn with the same words cannot be hit.
     marked = [Message(m.role, _PLACEHOLDER) if i == chosen else m for i, m in enumerate(messages)]
-    start = _apply(tokenizer, tuple(marked), item, stimuli).find(_PLACEHOLDER)
+    start = _apply(tokenizer, tuple(marked), item, stimuli, bos).find(_PLACEHOLDER)
     whole = messages[chosen].content
     if start >= 0 and text.startswith(whole, start):
-        origin = start
-    elif start >= 0 and text.startswith(whole.strip(), start):  # many templates strip a turn's outer spaces
-        origin = start - (len(whole) - len(whole.lstrip()))
-    else:
-        raise InputError(
-            f"concept '{stimuli.concept}', item '{item.id}': turn {chosen} cannot be located in the rendered chat "
-            "template, expected its content unchanged; use --template raw for this tokenizer"
-        )
-    # The span is unique as it was written, spaces included.
-    offset = origin + whole.index(wanted)
-    first, last = _trimmed(wanted)
-    return text, (offset + first, offset + last)
+        return start
+    if start >= 0 and text.startswith(whole.strip(), start):  # many templates strip a turn's outer spaces
+        return start - (len(whole) - len(whole.lstrip()))
+    raise InputError(
+        f"concept '{stimuli.concept}', item '{item.id}': turn {chosen} cannot be located in the rendered chat "
+        "template, expected its content unchanged; use --template raw for this tokenizer"
+    )
 
 
-def _apply(tokenizer: Any, messages: tuple[Message, ...], item: Stimulus, stimuli: StimulusSet) -> str:
-    from jinja2 import TemplateError
-
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+def _apply(
+    tokenizer: Any, messages: tuple[Message, ...], item: Stimulus, stimuli: StimulusSet, bos: str
+) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=messages[-1].role != "assistant"
-        )
-    except (TemplateError, ValueError) as error:
+        text = _templated(tokenizer, messages)
+    except _refusals() as error:
         raise InputError(
             f"concept '{stimuli.concept}', item '{item.id}': the chat template refuses the turns "
             f"{', '.join(m.role for m in messages)} ({error}), expected turns it accepts; use --template raw or other turns"
         ) from None
+    # Templates of models that saw BOS at the start of every text may leave it to the tokenizer.
+    return text if text.lstrip().startswith(bos) else bos + text
+
+
+def _templated(tokenizer: Any, messages: tuple[Message, ...]) -> str:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    ask = messages[-1].role != "assistant"
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What a chat template raises on turns it does not take."""
+    from jinja2 import TemplateError
+
+    return (TemplateError, ValueError)
 
 
 def _check_bos(tokenizer: Any, ids: list[int], item: Stimulus, stimuli: StimulusSet) -> None:

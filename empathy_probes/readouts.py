@@ -66,7 +66,10 @@ class Asked:
 
 
 def ask(tokenizer: Any, stimuli: StimulusSet, prompts: Sequence[RenderedPrompt], style: Style) -> Asked:
-    """Tokenise what every text's readout asks.
+    """Tokenise what every text's readout asks, at the end of its prompt.
+
+    Under a chat template that is after the generation prompt; where the assistant spoke last, it is behind its last word and
+    before the template's end of turn, so that a continuation goes on with those words (`prompts.render`).
 
     Raises:
         InputError: a text has no readout, an answer is not one token, two answers are the same token, or the prompt's

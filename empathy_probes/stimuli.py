@@ -2,7 +2,8 @@
 
 One line of a stimuli file is one text of one scenario. A scenario is the unit of every split, fold and
 resample; lines that share a `cluster` (scenarios written from one topic or frame family) share a unit.
-The format is the contract of the architecture page: JSON Lines, or CSV and Parquet with the same columns.
+The format is the contract of the architecture page: JSON Lines, or CSV and Parquet with the same columns. Public corpora
+in formats of their own are read by `public_data`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from empathy_probes.errors import InputError
+from empathy_probes.public_data import read_public
 
 FIELDS = ("id", "scenario", "text", "messages", "label", "concept", "frame", "cluster", "read", "readout")
 REQUIRED = ("id", "scenario", "label")
@@ -99,16 +101,25 @@ class StimulusSet:
         return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def load_stimuli(path: str | Path) -> tuple[StimulusSet, ...]:
-    """Read a stimuli file: one `StimulusSet` per concept in it.
+def load_stimuli(
+    path: str | Path, format: str | None = None, *, scenarios: int = 200, seed: int = 0, read: str = "mean"
+) -> tuple[StimulusSet, ...]:
+    """Read a stimuli file, or a public corpus: one `StimulusSet` per concept in it.
 
     Args:
         path: `.jsonl`, `.csv` or `.parquet`. A file's concept is its stem unless its lines say `concept`.
+        format: of a public corpus, one of `public_data.FORMATS`; None for a stimuli file.
+        scenarios: wanted per concept of a corpus, whose single texts are paired by length.
+        seed: which texts of a corpus are drawn.
+        read: where texts of a corpus are read, `mean` over the text or `last`; a stimuli file says so itself.
 
     Raises:
         InputError: the file is missing, empty, not UTF-8, or a line breaks the format; the message names
             file, line, field and remedy.
     """
+    if format is not None:
+        found = read_public(path, format, scenarios=scenarios, seed=seed, read=read)
+        return tuple(stimuli_from_rows(rows, concept) for concept, rows in found.items())
     path = Path(path)
     rows = _read_rows(path)
     if not rows:

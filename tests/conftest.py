@@ -96,6 +96,28 @@ def word_tokenizer(template: str | None = None) -> Any:
     return tokenizer
 
 
+def byte_tokenizer(template: str | None = None, specials: tuple[str, ...] = ()) -> Any:
+    """A byte-level tokenizer with merges, so that spaces and line ends count and tokens begin with a space; adds one BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<pad>", "<bos>", "<eos>", *specials],
+    )  # fmt: skip
+    inner.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        additional_special_tokens=list(specials),
+    )  # fmt: skip
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{{ ' <user> ' if m.role == 'user' else ' <model> ' }}{{ m.content }} <end>"
     "{% endfor %}{% if add_generation_prompt %} <model>{% endif %}"

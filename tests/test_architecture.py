@@ -16,7 +16,9 @@ PACKAGE = Path(empathy_probes.__file__).parent
 # The newcomer's map: everything on a line may import from the lines above it.
 FLOORS = (
     {"errors"},
-    {"stats", "sites", "interventions", "store", "batches", "roles"},
+    {"stats", "sites", "interventions", "store", "batches", "roles", "pairing", "corpus_files"},
+    {"goemotions"},
+    {"public_data"},
     {"kernels", "stimuli", "activations", "grammar"},
     {"prompts", "probes", "coding", "concepts", "contrasts", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls", "audit"},

@@ -80,12 +80,12 @@ def test_a_turn_is_found_where_it_stands_and_not_where_the_template_says_the_sam
         assert one.read == (7,)
 
 
-def test_a_chat_prompt_ends_with_the_generation_prompt_unless_the_assistant_spoke_last() -> None:
+def test_a_chat_prompt_ends_with_the_generation_prompt_or_with_the_assistants_own_words() -> None:
     tokenizer = word_tokenizer(CHAT)
     plain, _ = render(tokenizer, make(text="a COLOUR dog"), "chat", "user")
     assert plain.text.endswith("<end> <model>") and decoded(tokenizer, plain) == "<model>"
     spoken, _ = render(tokenizer, make(messages=TURNS), "chat", "user")
-    assert spoken.text.endswith("<end>")
+    assert spoken.text.endswith("red then") and decoded(tokenizer, spoken) == "then"
     assert plain.ids.count(1) == 1
 
 
