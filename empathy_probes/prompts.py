@@ -58,7 +58,7 @@ def render(tokenizer: Any, stimuli: StimulusSet, style: Style, speaker: str) -> 
     Raises:
         InputError: a span or message cannot be located in the tokens, or BOS would stand twice.
     """
-    bos = str(tokenizer.bos_token) if style == "chat" and begins_with_bos(tokenizer) else ""
+    bos = _bos_text(tokenizer)
     rendered, ranges = [], []
     for item in stimuli.items:
         text, where = _raw(item, stimuli) if style == "raw" else _chat(tokenizer, item, stimuli, speaker, bos)
@@ -124,11 +124,13 @@ def outside_messages(
             f"({type(tokenizer).__name__}) has not: expected a fast tokenizer; leave the position out"
         )
     by_message = replace(stimuli, read_kind="message")
+    bos = _bos_text(tokenizer)
     found = []
     for item, prompt in zip(stimuli.items, prompts, strict=True):
         turns = range(max(1, len(item.messages)))
         contents = [
-            _chat(tokenizer, replace(item, read=turn), by_message, speaker)[1] or (0, 0) for turn in turns
+            _chat(tokenizer, replace(item, read=turn), by_message, speaker, bos)[1] or (0, 0)
+            for turn in turns
         ]
         offsets = tokenizer(
             prompt.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -141,6 +143,11 @@ def outside_messages(
             )
         )
     return tuple(found)
+
+
+def _bos_text(tokenizer: Any) -> str:
+    """BOS as it is written before a rendered chat, where the tokenizer puts one before plain text."""
+    return str(tokenizer.bos_token) if begins_with_bos(tokenizer) else ""
 
 
 def _raw(item: Stimulus, stimuli: StimulusSet) -> tuple[str, tuple[int, int] | None]:
