@@ -29,6 +29,7 @@ _MODULES = {
         "add_vector", "at_positions", "mean_ablate", "project_out", "replace_component", "replace_with",
     ),
     "ledger": ("Headline", "headlines"),
+    "lineages": ("Lineage", "Stage", "list_lineages", "load_lineage"),
     "models": ("Model", "Run", "load_model"),
     "pairs": ("ModelPair", "load_pair", "make_pair"),
     "phantoms": ("build_phantom", "list_phantoms", "load_phantom", "load_phantom_concepts", "phantom_truth", "write_phantom"),
@@ -42,6 +43,7 @@ _MODULES = {
     "store": ("open_store",),
     "specs": ("StudySpec", "read_spec", "resolve"),
     "study": ("Study", "load_study", "run_study"),
+    "trends": ("LineageTrend", "load_trend", "measure_lineage", "trace_design"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
         replace_with,
     )
     from empathy_probes.ledger import Headline, headlines
+    from empathy_probes.lineages import Lineage, Stage, list_lineages, load_lineage
     from empathy_probes.models import Model, Run, load_model
     from empathy_probes.pairs import ModelPair, load_pair, make_pair
     from empathy_probes.phantoms import (
@@ -108,3 +111,4 @@ if TYPE_CHECKING:
     from empathy_probes.stitching import Stitching, stitch
     from empathy_probes.store import open_store
     from empathy_probes.study import Study, load_study, run_study
+    from empathy_probes.trends import LineageTrend, load_trend, measure_lineage, trace_design

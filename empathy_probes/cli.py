@@ -109,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     concepts.add_argument("--json", action="store_true", help="print rows as JSON")
     concepts.set_defaults(command=_concepts)
 
+    lineages = commands.add_parser(
+        "lineages", parents=[anywhere], help="list known chains of checkpoints, from base to aligned"
+    )
+    lineages.add_argument("--json", action="store_true", help="print rows as JSON")
+    lineages.set_defaults(command=_lineages)
+
     _add_phantom(commands, anywhere)
 
     calibrate = commands.add_parser(
@@ -340,6 +346,22 @@ def _concepts(args: argparse.Namespace) -> int:
         print(
             f"{row['name']:<12} {row['n_scenarios']:>4} scenarios  {row['speaker']:<12} {row['digest'][:12]}  {what}"
         )
+    return 0
+
+
+def _lineages(args: argparse.Namespace) -> int:
+    from empathy_probes.lineages import list_lineages, load_lineage
+
+    found = [load_lineage(name) for name in list_lineages()]
+    if args.json:
+        rows = [
+            {"name": x.name, "family": x.family, "role": x.role, "stages": {s.name: s.model for s in x.stages}} for x in found
+        ]  # fmt: skip
+        print(json.dumps(rows))
+        return 0
+    for x in found:
+        chain = " → ".join(stage.model for stage in x.stages)
+        print(f"{x.name:<18} {x.role:<8} {chain}")
     return 0
 
 

@@ -35,9 +35,11 @@ from empathy_probes.drawing import (
 )  # fmt: skip
 from empathy_probes.errors import InputError
 from empathy_probes.stitching_plots import stitching_figure
+from empathy_probes.trend_plots import trend_figure
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "coupling": coupling_figure,
+    "lineage": trend_figure,
     "stitching": stitching_figure,
 }
 """Key of a result → its figure, from its table; attenuation, the first of them, is drawn below."""

@@ -16,7 +16,7 @@ PACKAGE = Path(empathy_probes.__file__).parent
 # The newcomer's map: everything on a line may import from the lines above it.
 FLOORS = (
     {"errors"},
-    {"stats", "sites", "interventions", "store", "batches", "pairing", "corpus_files"},
+    {"stats", "sites", "interventions", "store", "batches", "lineages", "pairing", "corpus_files"},
     {"goemotions"},
     {"public_data"},
     {"kernels", "stimuli", "activations", "grammar"},
@@ -25,12 +25,12 @@ FLOORS = (
     {"pairs", "extraction", "decisions", "measurements"},
     {"design", "planting", "redraws", "rows"},
     {"readouts"},
-    {"attenuation", "expression", "stitching", "scorecard", "secondary"},
+    {"attenuation", "expression", "stitching", "trends", "scorecard", "secondary"},
     {"verdicts", "stages", "phantoms", "attacks"},
     {"ledger", "specs"},
     {"study", "calibration"},
     {"wording", "drawing"},
-    {"tables", "coupling_plots", "stitching_plots"},
+    {"tables", "coupling_plots", "stitching_plots", "trend_plots"},
     {"plots", "pages"},
     {"effects"},
     {"report"},
@@ -38,7 +38,7 @@ FLOORS = (
     {"cli"},
 )
 # One-line methods of results that show themselves.
-QUESTIONS = ("attenuation", "expression", "stitching")
+QUESTIONS = ("attenuation", "expression", "stitching", "trends")
 LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
 
 
