@@ -38,6 +38,7 @@ _MODULES = {
     "gradients": ("EstimatedPatching", "attribution_patch"),
     "ledger": ("Headline", "headlines"),
     "lens": ("LogitLens", "logit_lens"),
+    "lineages": ("Lineage", "Stage", "list_lineages", "load_lineage"),
     "models": ("Model", "Run", "load_model"),
     "patching": ("Patching", "patch"),
     "pairs": ("ModelPair", "load_pair", "make_pair"),
@@ -56,6 +57,7 @@ _MODULES = {
     "specs": ("StudySpec", "read_spec", "resolve"),
     "study": ("Study", "load_study", "run_study"),
     "vectors": ("SteeringVector", "from_position", "neutral_rms", "only_positions"),
+    "trends": ("LineageTrend", "load_trend", "measure_lineage", "trace_design"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -118,6 +120,7 @@ if TYPE_CHECKING:
     )
     from empathy_probes.ledger import Headline, headlines
     from empathy_probes.lens import LogitLens, logit_lens
+    from empathy_probes.lineages import Lineage, Stage, list_lineages, load_lineage
     from empathy_probes.models import Model, Run, load_model
     from empathy_probes.pairs import ModelPair, load_pair, make_pair
     from empathy_probes.patching import Patching, patch
@@ -142,4 +145,5 @@ if TYPE_CHECKING:
     from empathy_probes.study import Study, load_study, run_study
     from empathy_probes.sweeps import sites_of
     from empathy_probes.transplants import Transplants, transplant
+    from empathy_probes.trends import LineageTrend, load_trend, measure_lineage, trace_design
     from empathy_probes.vectors import SteeringVector, from_position, neutral_rms, only_positions

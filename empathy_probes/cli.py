@@ -121,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     concepts.add_argument("--markdown", action="store_true", help="print the audit as docs/concepts.md")
     concepts.set_defaults(command=_concepts)
 
+    lineages = commands.add_parser(
+        "lineages", parents=[anywhere], help="list known chains of checkpoints, from base to aligned"
+    )
+    lineages.add_argument("--json", action="store_true", help="print rows as JSON")
+    lineages.set_defaults(command=_lineages)
+
     _add_phantom(commands, anywhere)
 
     doctor = commands.add_parser(
@@ -422,6 +428,22 @@ def _audit(args: argparse.Namespace) -> int:
     else:
         print("\n\n".join(map(describe_audit, audits)))
     return 3 if any(audit.verdict == "fail" for audit in audits) else 0
+
+
+def _lineages(args: argparse.Namespace) -> int:
+    from empathy_probes.lineages import list_lineages, load_lineage
+
+    found = [load_lineage(name) for name in list_lineages()]
+    if args.json:
+        rows = [
+            {"name": x.name, "family": x.family, "role": x.role, "stages": {s.name: s.model for s in x.stages}} for x in found
+        ]  # fmt: skip
+        print(json.dumps(rows))
+        return 0
+    for x in found:
+        chain = " → ".join(stage.model for stage in x.stages)
+        print(f"{x.name:<18} {x.role:<8} {chain}")
+    return 0
 
 
 def _phantom(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import cast
 
 import numpy as np
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Int, Num
 
 from empathy_probes.activations import Activations
 from empathy_probes.alignment import fit_map
@@ -204,12 +204,8 @@ def measure_concept(
     folds = grouped_folds(units, N_FOLDS, seed)
     normalised = [a.normalised for a in acts]
     differences = [scenario_contrasts(rows, stimuli) for rows in normalised]
-    order = {unit: i for i, unit in enumerate(stimuli.units)}
-    place = np.array([order[unit] for unit in units])
-    shares = np.bincount(place) / len(place)
-    norms = [
-        np.eye(len(shares))[place].T @ (rows**2).sum(-1) / np.bincount(place)[:, None] for rows in normalised
-    ]
+    shares = unit_shares(stimuli)
+    norms = [unit_norms(rows, stimuli) for rows in normalised]
     # One memory order, so that sums over a saved and reloaded array round alike.
     kernels = np.ascontiguousarray(
         [
@@ -251,6 +247,26 @@ def measure_concept(
         kind=stimuli.kind,
         categories=categories(stimuli),
     )
+
+
+def _places(stimuli: StimulusSet) -> Int[np.ndarray, " item"]:
+    order = {unit: i for i, unit in enumerate(stimuli.units)}
+    return np.array([order[item.unit] for item in stimuli.items])
+
+
+def unit_shares(stimuli: StimulusSet) -> Float[np.ndarray, " unit"]:
+    """Of all texts, the share that is each unit's."""
+    place = _places(stimuli)
+    return np.bincount(place) / len(place)
+
+
+def unit_norms(
+    rows: Float[np.ndarray, "item layer d_model"], stimuli: StimulusSet
+) -> Float[np.ndarray, "unit layer"]:
+    """Mean squared norm of each unit's texts."""
+    place = _places(stimuli)
+    counts = np.bincount(place)
+    return np.eye(len(counts))[place].T @ (rows**2).sum(-1) / counts[:, None]
 
 
 def _views(

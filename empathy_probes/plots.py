@@ -38,9 +38,11 @@ from empathy_probes.errors import InputError
 from empathy_probes.patching_plots import estimate_figure, patching_figure, transplant_figure
 from empathy_probes.steering_plots import gain_figure
 from empathy_probes.stitching_plots import stitching_figure
+from empathy_probes.trend_plots import trend_figure
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "coupling": coupling_figure,
+    "lineage": trend_figure,
     "stitching": stitching_figure,
     "gain": gain_figure,
     "patching": patching_figure,

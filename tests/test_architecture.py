@@ -16,7 +16,7 @@ PACKAGE = Path(empathy_probes.__file__).parent
 # The newcomer's map: everything on a line may import from the lines above it.
 FLOORS = (
     {"errors"},
-    {"stats", "sites", "interventions", "store", "batches", "roles", "pairing", "corpus_files"},
+    {"stats", "sites", "interventions", "store", "batches", "roles", "lineages", "pairing", "corpus_files"},
     {"goemotions"},
     {"public_data"},
     {"kernels", "stimuli", "activations", "grammar"},
@@ -39,13 +39,22 @@ FLOORS = (
         "steering",
         "stitching",
         "transplants",
+        "trends",
     },
     {"scorecard", "secondary", "verdicts", "stages", "phantoms"},
     {"attacks"},
     {"ledger", "specs", "summaries"},
     {"study", "calibration"},
     {"wording", "drawing"},
-    {"tables", "coupling_plots", "stitching_plots", "attribution_plots", "steering_plots", "patching_plots"},
+    {
+        "tables",
+        "coupling_plots",
+        "stitching_plots",
+        "attribution_plots",
+        "steering_plots",
+        "patching_plots",
+        "trend_plots",
+    },
     {"plots", "pages"},
     {"effects"},
     {"report"},
@@ -62,6 +71,7 @@ QUESTIONS = (
     "patching",
     "stitching",
     "transplants",
+    "trends",
 )
 LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
 
