@@ -63,7 +63,18 @@ class Contrast:
 
     def has_form(self, *forms: str) -> np.ndarray:
         """Mask of the layers whose comparison has one of these forms."""
-        return np.isin(np.array(self.form), forms)
+        return np.array([form in forms for form in self.form])
+
+    def at(self, part: slice, layers: Sequence[int]) -> "Contrast":
+        """Some of the places it was compared at, under these names."""
+        curves = (
+            Curve(c.value[part], c.lower[part], c.upper[part])
+            for c in (self.base, self.aligned, self.difference, self.attenuation)
+        )
+        return Contrast(
+            self.name, self.keys, tuple(layers), self.pair.at(part), *curves, self.theta[part], self.se[part],
+            self.influence[part], self.form[part], self.flags[part],
+        )  # fmt: skip
 
 
 def flag_layers(masks: dict[str, np.ndarray]) -> tuple[tuple[str, ...], ...]:
@@ -149,7 +160,7 @@ def compare(
         pair=pair,
         base=base,
         aligned=aligned,
-        difference=strength_difference(pair),
+        difference=strength_difference(pair, base, aligned),
         attenuation=attenuation_curve(point, ends[0], ends[1]),
         theta=point,
         se=np.where(usable, ratio.se, np.where(weak, local[0], np.nan)),

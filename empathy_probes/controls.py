@@ -116,8 +116,11 @@ def build_reference(controls: Sequence[Contrast]) -> Reference:
     usable = np.stack([c.has_form("log", "identical") for c in controls])
     theta = np.stack([c.theta for c in controls])
     variance = np.stack([c.se**2 for c in controls])
-    low, high = (np.stack(x) for x in zip(*(fieller_logs(c) for c in controls), strict=True))
     weak = np.stack([c.has_form("fieller") for c in controls])
+    low, high = np.zeros_like(theta), np.zeros_like(theta)
+    for j, control in enumerate(controls):
+        if weak[j].any():
+            low[j], high[j] = fieller_logs(control)
     lost = weak & ((high < 0) | (low > 0))
     typical = np.where(usable, variance, 0.0).sum(axis=0) / np.maximum(usable.sum(axis=0), 1)
     # A signal removed without any noise would be -inf; keep 0.01 says as much and leaves a mean.

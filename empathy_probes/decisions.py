@@ -279,7 +279,6 @@ def _judge_one(
 ) -> Judgement:
     target, enough = view.target, view.enough
     n_layers = len(target.layers)
-    headline = _attenuation_headline(view, family)
     blank, none = np.full(n_layers, np.nan), np.zeros(n_layers, int)
     specific = prediction = Curve(blank, blank, blank)
     count, lost, tau, outside = none, none, blank, none == 0
@@ -290,7 +289,12 @@ def _judge_one(
         specific = attenuation_curve(target.theta - pool.mean, *ends)
         prediction, beyond = _prediction(target, reference, _tail(family.prediction))
         outside = beyond | ~enough
-        headline = _merge(enough, _specific_headline(view, reference, family), headline)
+    if reference is None or not enough.any():
+        headline = _attenuation_headline(view, family)
+    else:
+        headline = _specific_headline(view, reference, family)
+        if not enough.all():
+            headline = _merge(enough, headline, _attenuation_headline(view, family))
 
     silent = target.has_form("blank") | (~enough & (reference is not None))
     limit = np.where(enough, specific_margin, margin)

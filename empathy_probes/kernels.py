@@ -9,6 +9,7 @@ the variance taken at the supposed value and with the skewness that a U-statisti
 The model axis is always (base, aligned).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,27 +46,39 @@ def _check_kernel(kernel: Float[np.ndarray, "... n n"]) -> int:
     return int(kernel.shape[-1])
 
 
-def _hoeffding(
+def _without_diagonal(
     kernels: Float[np.ndarray, "kernel *batch n n"],
+) -> Float[np.ndarray, "kernel *batch n n"]:
+    """A copy whose diagonal is 0: only pairs of different units count."""
+    n = _check_kernel(kernels)
+    off = kernels.astype(float)
+    off[..., range(n), range(n)] = 0
+    return off
+
+
+def _hoeffding(
+    off: Float[np.ndarray, "kernel *batch n n"],
 ) -> tuple[
     Float[np.ndarray, "kernel *batch"],
     Float[np.ndarray, "kernel *batch n"],
     Float[np.ndarray, "kernel kernel *batch"],
     Float[np.ndarray, "kernel kernel *batch"],
 ]:
-    """Values, influences and the covariance components zeta_1, zeta_2 of every pair of kernels.
+    """Values, influences and the covariance components zeta_1, zeta_2 of every pair of kernels with an empty diagonal.
 
     Both components are bilinear in the kernels, so the variance of any combination x K_a + y K_b follows from
     them without touching the n x n matrices again. zeta_1 is left unclipped for that reason.
     """
-    n = _check_kernel(kernels)
-    off = np.where(np.eye(n, dtype=bool), 0.0, kernels.astype(float, copy=False))
+    n, many = off.shape[-1], len(off)
     rows = off.sum(-1)
     total = rows.sum(-1)
     value = total / (n * (n - 1))
     influence = (rows / (n - 1) - value[..., None]) * (n - 1) / (n - 2)
     # The doubly centred kernel has zero row sums, hence sum(k~ l~) = sum(k l) - 2 sum(r q)/(n-2) + S R/((n-1)(n-2)).
-    products = np.einsum("i...st,j...st->ij...", off, off)
+    products = np.empty((many, many, *value.shape[1:]))
+    for i in range(many):
+        for j in range(i + 1):
+            products[i, j] = products[j, i] = np.einsum("...st,...st->...", off[i], off[j])
     products -= 2 * np.einsum("i...s,j...s->ij...", rows, rows) / (n - 2)
     products += np.einsum("i...,j...->ij...", total, total) / ((n - 1) * (n - 2))
     zeta2 = products / (n * (n - 3))
@@ -82,7 +95,7 @@ def u_statistic(kernel: Float[np.ndarray, "... n n"]) -> UStatistic:
 
     The diagonal is ignored. Raises InputError unless the last two axes are equal and at least 5 long.
     """
-    value, influence, zeta1, zeta2 = _hoeffding(np.asarray(kernel, dtype=float)[None])
+    value, influence, zeta1, zeta2 = _hoeffding(_without_diagonal(kernel[None]))
     variance = _variance(zeta1[0, 0, ...], zeta2[0, 0, ...], kernel.shape[-1], second_order=1.0)
     return UStatistic(value[0, ...], influence[0], variance)
 
@@ -153,6 +166,13 @@ class KernelPair:
         """Standard error of each model's U."""
         return np.sqrt(_variance(self.zeta1[[0, 1], [0, 1]], self.zeta2[[0, 1], [0, 1]], self.n))
 
+    def at(self, part: slice) -> "KernelPair":
+        """Some of the cells of a batch with one axis."""
+        return KernelPair(
+            self.u[:, part], self.influence[:, part], self.zeta1[..., part], self.zeta2[..., part],
+            self.triangles[:, part], self.identical[part], self.n,
+        )  # fmt: skip
+
 
 def pair_kernels(
     base: Float[np.ndarray, "... n n"], aligned: Float[np.ndarray, "... m m"], *, same_model: bool = False
@@ -169,30 +189,24 @@ def pair_kernels(
             f"the kernels have shapes {base.shape} and {aligned.shape}, expected equal ones: "
             "compute both models on the same scenarios and layers"
         )
-    u, influence, zeta1, zeta2 = _hoeffding(np.stack([base, aligned]))
+    off = _without_diagonal(np.stack([base, aligned]))
+    u, influence, zeta1, zeta2 = _hoeffding(off)
     # Two empty layers (a last token that all texts share) say nothing about two different models.
     identical = (base == aligned).all(axis=(-2, -1)) & (same_model | (base != 0).any(axis=(-2, -1)))
     n = int(base.shape[-1])
-    return KernelPair(u, 2 * influence, zeta1, zeta2, _triangles(base, aligned), identical, n)
+    return KernelPair(u, 2 * influence, zeta1, zeta2, _triangles(off), identical, n)
 
 
-def _triangles(
-    base: Float[np.ndarray, "*batch n n"], aligned: Float[np.ndarray, "*batch n n"]
-) -> Float[np.ndarray, "aligned=4 *batch"]:
-    n = base.shape[-1]
-    centred = []
-    for kernels in (base, aligned):
-        off = kernels.astype(float)
-        off[..., range(n), range(n)] = 0
-        rows = off.sum(-1) / (n - 2)
-        off -= (rows - rows.sum(-1, keepdims=True) / (n - 1))[..., None]
-        off -= rows[..., None, :]
-        off[..., range(n), range(n)] = 0
-        centred.append(off)
-    b, a = centred
-    two_b, two_a = b @ b, a @ a
-    sums = [np.einsum("...st,...st->...", x, y) for x, y in ((two_b, b), (two_b, a), (two_a, b), (two_a, a))]
-    return np.stack(sums) / (n * (n - 1) * (n - 2))
+def _triangles(off: Float[np.ndarray, "model=2 *batch n n"]) -> Float[np.ndarray, "aligned=4 *batch"]:
+    n = off.shape[-1]
+    rows = off.sum(-1) / (n - 2)
+    centred = off - (rows - rows.sum(-1, keepdims=True) / (n - 1))[..., None]
+    centred -= rows[..., None, :]
+    centred[..., range(n), range(n)] = 0
+    base, aligned = centred
+    two_base, two_aligned = base @ base, aligned @ aligned
+    chains = ((two_base, base), (two_base, aligned), (two_aligned, base), (two_aligned, aligned))
+    return np.stack([np.einsum("...st,...st->...", x, y) for x, y in chains]) / (n * (n - 1) * (n - 2))
 
 
 def combined_variance(
@@ -301,20 +315,69 @@ def fieller(
     inf: the base is not detected. Both NaN: the set is empty (the aligned U is negative beyond chance).
     Identical kernels give exactly (1, 1).
     """
-    base, aligned = pair.u
-    size = np.maximum(abs(aligned), pair.se[1])
-    # (1 - x) K_a - x scale K_b passes through all ratios up to infinity, where only the base is left.
-    scale = np.divide(size, abs(base), out=np.ones_like(size), where=(base != 0) & (size > 0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        point = np.where((base > 0) & (aligned >= 0), aligned / (aligned + base * scale), np.nan)
+    return _keep_ends(pair, *_members(pair, (_ratios(pair),), critical)[0])
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A hypothesis for every x from 0 to 1: (on_base + x on_base') U_base + (the same) U_aligned = x supposed'."""
+
+    on_base: Float[np.ndarray, "constant_slope=2 *batch"]
+    on_aligned: Float[np.ndarray, "constant_slope=2 *batch"]
+    supposed: Float[np.ndarray, "*batch"]
+    point: Float[np.ndarray, "*batch"]
+    """Where the estimate lies; NaN where it is no possible value."""
+
+
+def _members(
+    pair: KernelPair, lines: Sequence[_Line], critical: Float[np.ndarray, "..."] | float
+) -> list[tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"]]]:
+    """Smallest and largest x of each line that is not rejected; NaN where all are."""
+    on_base, on_aligned = (
+        np.stack([getattr(x, name) for x in lines], 1) for name in ("on_base", "on_aligned")
+    )
+    supposed = np.stack([line.supposed for line in lines])
 
     def rejected(x: np.ndarray) -> np.ndarray:
-        return abs(deviation(pair, -x * scale, 1 - x).beyond(critical, pair.n)) - 1
+        weights = (on[0] + on[1] * x for on in (on_base, on_aligned))
+        return abs(deviation(pair, *weights, supposed * x).beyond(critical, pair.n)) - 1
 
-    lower, upper = hull_of_members(rejected, point)
+    return list(zip(*hull_of_members(rejected, np.stack([line.point for line in lines])), strict=True))
+
+
+def _ratios(pair: KernelPair) -> _Line:
+    """U_aligned = lambda U_base for all ratios lambda = scale x / (1 - x) up to infinity, where only the base is left."""
+    base, aligned = pair.u
+    scale = _ratio_scale(pair)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        point = np.where((base > 0) & (aligned >= 0), aligned / (aligned + base * scale), np.nan)
+    one, zero = np.ones_like(scale), np.zeros_like(scale)
+    return _Line(np.stack([zero, -scale]), np.stack([one, -one]), zero, point)
+
+
+def _ratio_scale(pair: KernelPair) -> np.ndarray:
+    base, aligned = pair.u
+    size = np.maximum(abs(aligned), pair.se[1])
+    return np.divide(size, abs(base), out=np.ones_like(size), where=(base != 0) & (size > 0))
+
+
+def _keep_ends(pair: KernelPair, lower: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(divide="ignore"):
-        lower, upper = (np.sqrt(scale * x / (1 - x)) for x in (lower, upper))
+        lower, upper = (np.sqrt(_ratio_scale(pair) * x / (1 - x)) for x in (lower, upper))
     return np.where(pair.identical, 1.0, lower), np.where(pair.identical, 1.0, upper)
+
+
+def _squares(pair: KernelPair, model: int, critical: Float[np.ndarray, "..."] | float) -> _Line:
+    """U = u of one model for all u from 0 to beyond what can be accepted."""
+    n, u, zeta2 = pair.n, pair.u[model], pair.zeta2[model, model]
+    here = deviation(pair, 1.0 - model, float(model), u)
+    slope = 4 / n * np.divide(abs(pair.triangles[3 * model]), zeta2, out=np.zeros_like(u), where=zeta2 > 0)
+    # The variance grows with u by no more than this slope.
+    longest = skewed_critical(critical, np.array(np.inf), n - 1)
+    most = np.maximum(u, 0) + 1.01 * (longest**2 * slope + longest * np.sqrt(here.variance))
+    point = np.divide(u, most, out=np.full_like(u, np.nan), where=(most > 0) & (u >= 0))
+    on = [np.stack([np.full_like(u, x), np.zeros_like(u)]) for x in (1.0 - model, float(model))]
+    return _Line(on[0], on[1], most, point)
 
 
 # ---------------------------------------------------------------- strengths
@@ -332,65 +395,47 @@ def strength_interval(pair: KernelPair) -> tuple[Curve, Curve]:
     """
     t = float(critical_t(pair.n - 1))
     strong = is_strong(pair)
+    lines = [_squares(pair, model, t) for model in (0, 1)]
     curves = []
-    for model in (0, 1):
-        u, se = pair.u[model], pair.se[model]
-        lower, upper = _accepted(pair, model, t)
-        reach = t * se
-        ends = (np.where(strong[model], a, b) for a, b in ((u - reach, lower), (u + reach, upper)))
+    for model, found in enumerate(_members(pair, lines, t)):
+        u, reach = pair.u[model], t * pair.se[model]
+        # Where U is negative beyond chance nothing is accepted, and 0 is all that is left.
+        weak = (np.fmax(x, 0) * lines[model].supposed for x in found)
+        ends = (np.where(strong[model], a, b) for a, b in zip((u - reach, u + reach), weak, strict=True))
         curves.append(Curve(*(np.sqrt(np.maximum(x, 0)) for x in (u, *ends))))
     return curves[0], curves[1]
 
 
-def _accepted(
-    pair: KernelPair, model: int, critical: Float[np.ndarray, "*batch"] | float
-) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"]]:
-    """Ends of {u >= 0 : U = u is not rejected} of one model; 0 and 0 where U is negative beyond chance."""
-    n, u = pair.n, pair.u[model]
-    on = (1.0 - model, float(model))
-    here = deviation(pair, *on, u)
-    zeta2 = pair.zeta2[model, model]
-    slope = 4 / n * np.divide(abs(pair.triangles[3 * model]), zeta2, out=np.zeros_like(u), where=zeta2 > 0)
-    # The variance grows with u by this slope, so that nothing beyond this can be accepted.
-    longest = skewed_critical(critical, np.array(np.inf), n - 1)
-    most = np.maximum(u, 0) + 1.01 * (longest**2 * slope + longest * np.sqrt(here.variance))
-
-    def rejected(x: np.ndarray) -> np.ndarray:
-        return abs(deviation(pair, *on, x * most).beyond(critical, n)) - 1
-
-    point = np.divide(u, most, out=np.full_like(u, np.nan), where=(most > 0) & (u >= 0))
-    lower, upper = (x * most for x in hull_of_members(rejected, point))
-    return np.nan_to_num(lower), np.nan_to_num(upper)
-
-
-def strength_difference(pair: KernelPair) -> Curve:
-    """Strength(aligned) - strength(base) with a 95 % interval.
+def strength_difference(pair: KernelPair, base: Curve, aligned: Curve) -> Curve:
+    """Strength(aligned) - strength(base) with a 95 % interval, from the two strengths.
 
     Delta method where both are strong. Elsewhere the root is too curved, and at 0 cut off: the interval is the
     range of the difference over the 95 % region of the two U-statistics (combining the two single intervals
     covered .80 where the aligned signal is gone).
     """
-    base, aligned = strength_interval(pair)
     value = aligned.value - base.value
-    lower, upper = _projected_difference(pair)
     strong = is_strong(pair).all(axis=0)
     safe = np.where(strong, np.sqrt(np.maximum(pair.u, 0)), 1.0)
     reach = critical_t(pair.n - 1) * np.sqrt(combined_variance(pair, -0.5 / safe[0], 0.5 / safe[1]))
-    lower, upper = np.where(strong, value - reach, lower), np.where(strong, value + reach, upper)
+    lower, upper = value - reach, value + reach
+    if not strong.all():
+        corner = (base.lower == 0) | (aligned.lower == 0)
+        weak = _projected_difference(pair, corner)
+        lower, upper = (np.where(strong, a, b) for a, b in zip((lower, upper), weak, strict=True))
     # Without noise the projection rounds past the value itself.
     ends = (value, np.fmin(lower, value), np.fmax(upper, value))
     return Curve(*(np.where(pair.identical, 0.0, x) for x in ends))
 
 
-def _projected_difference(pair: KernelPair) -> tuple[np.ndarray, np.ndarray]:
+def _projected_difference(pair: KernelPair, corner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Extremes of a - b over strengths a, b >= 0 whose squares lie in the ellipse of the two U-statistics."""
     n = pair.n
     # Where a strength may be 0 the truth sits on the edge of the region and two errors add up unopposed (one's radius
     # covered .83-.90 there): the region is then the joint one of both, whose tail is that of F(2, n - 1).
-    one, two = float(critical_t(n - 1)), np.sqrt((n - 1) * ((1 - LEVEL) ** (-2 / (n - 1)) - 1))
-    corner = np.array([_accepted(pair, model, one)[0] == 0 for model in (0, 1)]).any(axis=0)
-    t = np.where(corner, two, one)
-    least, most = (np.sqrt(x) for x in _accepted(pair, 1, t))
+    joint = np.sqrt((n - 1) * ((1 - LEVEL) ** (-2 / (n - 1)) - 1))
+    t = np.where(corner, joint, float(critical_t(n - 1)))
+    line = _squares(pair, 1, t)
+    least, most = (np.sqrt(np.fmax(x, 0) * line.supposed) for x in _members(pair, (line,), t)[0])
     a = least + (most - least) * np.linspace(0, 1, 129).reshape(-1, *[1] * least.ndim)
     there = deviation(pair, 0.0, 1.0, a**2)
     z = np.clip(there.beyond(t, n), -1, 1)

@@ -80,32 +80,43 @@ def skewed_critical(
 
 def hull_of_members(
     excess: Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]],
-    point: Float[np.ndarray, " *batch"],
-) -> tuple[Float[np.ndarray, " *batch"], Float[np.ndarray, " *batch"]]:
-    """Smallest and largest x in [0, 1] with excess(x) <= 0; both NaN where there is none.
+    point: Float[np.ndarray, "*batch"],
+) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"]]:
+    """Smallest and largest x in [0, 1] with excess(x) <= 0, to 1e-9; both NaN where there is none.
 
     Args:
-        excess: maps x `[grid, *batch]` to numbers that are positive outside the set.
-        point: known to belong to the set, so that the narrowest set is found; NaN where no such point is known.
+        excess: maps x `[... *batch]` to numbers that are positive outside the set.
+        point: known to belong to the set, so that the narrowest one is found; NaN where no such point is known.
     """
     ones = (1,) * point.ndim
     grid = np.broadcast_to(np.linspace(0, 1, 65).reshape(-1, *ones), (65, *point.shape))
     grid = np.sort(np.concatenate([grid, np.where(np.isnan(point), 0.0, point)[None]]), axis=0)
-    inside = (excess(grid) <= 0) | (grid == point)
-    ends = []
-    for x, member in ((grid, inside), (grid[::-1], inside[::-1])):
-        found = member.argmax(0)[None]
-        within, outside = (np.take_along_axis(x, i, 0)[0] for i in (found, np.maximum(found - 1, 0)))
-        # 32 parts five times over: an end is found to 1e-9.
-        for _ in range(5):
-            fine = outside + (within - outside) * np.linspace(0, 1, 33).reshape(-1, *ones)
-            member = excess(fine) <= 0
-            member[-1] = True
-            found = member.argmax(0)[None]
-            within, outside = (np.take_along_axis(fine, i, 0)[0] for i in (found, np.maximum(found - 1, 0)))
-        ends.append(within)
-    none = ~inside.any(0)
+    member = (excess(grid) <= 0) | (grid == point)
+    both = np.stack([grid, grid[::-1]], 1), np.stack([member, member[::-1]], 1)
+    inside, outside = _first_member(*both)
+    parts = np.linspace(0, 1, 33).reshape(-1, 1, *ones)
+    for _ in range(3):
+        fine = outside + (inside - outside) * parts
+        over = excess(fine)
+        member = over <= 0
+        member[-1] = True
+        inside, outside = _first_member(fine, member)
+    # Between the last two the excess is as good as straight.
+    over_in, over_out = excess(np.stack([inside, outside]))
+    step = np.divide(
+        over_in, over_in - over_out, out=np.zeros_like(over_in), where=(over_in <= 0) & (over_out > 0)
+    )
+    ends = inside + (outside - inside) * np.where(np.isfinite(step), step, 0)
+    none = ~both[1].any((0, 1))
     return np.where(none, np.nan, ends[0]), np.where(none, np.nan, ends[1])
+
+
+def _first_member(
+    x: Float[np.ndarray, "grid *batch"], member: Bool[np.ndarray, "grid *batch"]
+) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"]]:
+    """The first member along the grid, and the x before it (itself where it is the very first)."""
+    found = member.argmax(0)[None]
+    return tuple(np.take_along_axis(x, i, 0)[0] for i in (found, np.maximum(found - 1, 0)))  # type: ignore[return-value]
 
 
 def _real_roots(c2: np.ndarray, c1: np.ndarray, c0: np.ndarray) -> list[np.ndarray]:

@@ -105,7 +105,7 @@ def test_equal_kernels_are_exactly_unchanged_whatever_the_signal(signal: float):
     kernel = gram(5, signal=signal)
     pair = pair_kernels(kernel, kernel.copy())
     ratio = log_ratio(pair)
-    difference = strength_difference(pair)
+    difference = strength_difference(pair, *strength_interval(pair))
     for array in (
         ratio.theta,
         ratio.se,
@@ -203,7 +203,7 @@ def test_strength_is_the_length_of_the_mean_vector():
 
 def test_strength_difference_contains_its_value_and_grows_with_noise():
     pair = pair_kernels(gram(14, signal=2.0), gram(15, signal=0.3))
-    curve = strength_difference(pair)
+    curve = strength_difference(pair, *strength_interval(pair))
     assert (curve.lower < curve.value).all() and (curve.value < curve.upper).all()
 
 

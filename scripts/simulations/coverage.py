@@ -31,6 +31,7 @@ from empathy_probes.kernels import (
     log_ratio,
     pair_kernels,
     strength_difference,
+    strength_interval,
 )
 from empathy_probes.stats import (
     auroc_difference,
@@ -183,7 +184,7 @@ def ratio_cell(rng: np.random.Generator, replicates: int, setting: dict, batch: 
         far_log = abs(ratio.theta - truth) <= 2.9 * textbook_error(pair, -0.5 / u[0], 0.5 / u[1])
         far_set = abs(gap_now) <= 2.9 * textbook_error(pair, -(keep**2) * one, one)
         add("far_textbook", np.where(only_aligned, far_log, far_set))
-        difference = strength_difference(pair)
+        difference = strength_difference(pair, *strength_interval(pair))
         gap = keep - 1
         add("difference", (difference.lower <= gap) & (gap <= difference.upper))
         kept, error = naive_gap(base, aligned)
