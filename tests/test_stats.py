@@ -1,5 +1,7 @@
 """Laws of the numbers: U-statistics, ratios, draws, folds, AUROC."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from scipy import stats as distributions
@@ -25,7 +27,9 @@ from empathy_probes.stats import (
     binomial_interval,
     fieller_ratio,
     grouped_folds,
+    hull_of_members,
     largest_quantile,
+    skewed_critical,
     studentised_sums,
     unit_signs,
 )
@@ -193,6 +197,78 @@ def test_signed_ratio_keeps_its_sign_and_is_blank_where_the_base_is_not_detected
     # At either end the gap is exactly 1.96 standard errors.
     for x in (curve.lower[0], curve.upper[0]):
         assert abs(1 - 2 * x) / np.sqrt(0.04 - 0.02 * x + 0.04 * x**2) == pytest.approx(1.96)
+
+
+def test_triangles_are_the_mean_over_distinct_units_written_out():
+    base, aligned = gram(16, signal=1.0)[:1, :9, :9], gram(17, signal=0.5)[:1, :9, :9]
+    n, centred = 9, []
+    for kernel in (base[0], aligned[0]):
+        off = kernel * (1 - np.eye(n))
+        rows = off.sum(1)
+        off = off - (rows[:, None] + rows) / (n - 2) + off.sum() / ((n - 1) * (n - 2))
+        centred.append(off)
+    b, a = centred
+    found = pair_kernels(base, aligned).triangles[:, 0]
+    for value, (x, y, z) in zip(found, ((b, b, b), (b, b, a), (b, a, a), (a, a, a)), strict=True):
+        loops = [x[s, t] * y[t, u] * z[u, s] for s, t, u in permutations(range(n), 3)]
+        np.testing.assert_allclose(value, np.mean(loops), rtol=1e-9)
+
+
+def test_eigenvalues_come_back_as_second_and_third_moments():
+    """zeta_2 is the sum of their squares, the triangles that of their cubes."""
+    rng, scale = np.random.default_rng(18), np.sqrt([3.0, 1.0, 0.5])
+    vectors = rng.standard_normal((400, 60, 3)) * scale
+    pair = pair_kernels(*[vectors @ np.swapaxes(vectors, -1, -2)] * 2)
+    # 400 samples of 60: a mean within 5 %.
+    assert pair.zeta2[0, 0].mean() == pytest.approx((scale**4).sum(), rel=0.05)
+    assert pair.triangles[3].mean() == pytest.approx((scale**6).sum(), rel=0.1)
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.15, 0.3, 0.6])
+def test_an_interval_of_a_weak_strength_covers_what_it_promises(signal: float):
+    """The variance at the estimate covers 1.000 without a signal: it rises with the very error it is to bound."""
+    rng = np.random.default_rng(19)
+    vectors = rng.standard_normal((1000, 40, 2))
+    vectors[..., 0] += signal
+    pair = pair_kernels(*[vectors @ np.swapaxes(vectors, -1, -2)] * 2)
+    base, _ = strength_interval(pair)
+    covered = ((base.lower <= signal) & (signal <= base.upper)).mean()
+    # A proportion of 1,000 has a standard error of .007. A variance component is not negative: cut off at 0, it is a
+    # little too large where there is no signal.
+    assert 0.935 <= covered <= 0.99
+    if signal == 0:
+        error = np.sqrt(combined_variance(pair, np.ones(1000), np.zeros(1000)))
+        assert (abs(pair.u[0]) <= 2.02 * error).mean() > 0.99
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.25, 0.5])
+def test_the_keep_of_a_weak_signal_is_neither_too_sure_nor_too_vague(keep: float):
+    rng = np.random.default_rng(20)
+    base = rng.standard_normal((1000, 40, 4)) * np.sqrt(0.2)
+    base[..., 0] += 1
+    # As in a planted twin: the scenarios' own part of the concept shrinks with it.
+    aligned = 0.9 * base + np.sqrt(0.19 * 0.2) * rng.standard_normal(base.shape)
+    aligned[..., 0] = keep * base[..., 0]
+    low, high = fieller(pair_kernels(*(x @ np.swapaxes(x, -1, -2) for x in (base, aligned))), 2.02)
+    assert 0.92 <= ((low <= keep) & (keep <= high)).mean() <= 0.985
+
+
+def test_a_skewed_tail_is_longer_and_never_shorter_than_students():
+    for critical in (2.0, 2.9):
+        error = 2 * distributions.t.sf(critical, 1e6)
+        exact = (distributions.chi2.isf(error, 1) - 1) / np.sqrt(2)
+        found = skewed_critical(critical, np.sqrt(np.array([0.0, 8.0])), 10**6)
+        assert found[0] == critical
+        # Wilson and Hilferty's cube is within 4 % for a single square, the most skewed there is.
+        assert found[1] == pytest.approx(max(exact, critical), rel=0.04)
+
+
+def test_the_ends_of_a_set_are_found_however_narrow_it_is():
+    centre, half = np.array([0.3, 0.30001, 0.9, 0.5]), np.array([0.2, 1e-7, 0.3, -1.0])
+    lower, upper = hull_of_members(lambda x: abs(x - centre) - half, np.array([0.3, 0.30001, 0.9, np.nan]))
+    np.testing.assert_allclose(lower[:3], centre[:3] - half[:3], atol=1e-9)
+    np.testing.assert_allclose(upper[:3], [0.5, 0.3000101, 1.0], atol=1e-9)
+    assert np.isnan([lower[3], upper[3]]).all()
 
 
 def test_strength_is_the_length_of_the_mean_vector():
