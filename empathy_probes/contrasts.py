@@ -67,13 +67,14 @@ class Contrast:
 
     def at(self, part: slice, layers: Sequence[int]) -> "Contrast":
         """Some of the places it was compared at, under these names."""
-        curves = (
-            Curve(c.value[part], c.lower[part], c.upper[part])
-            for c in (self.base, self.aligned, self.difference, self.attenuation)
-        )
+
+        def cut(c: Curve) -> Curve:
+            return Curve(c.value[part], c.lower[part], c.upper[part])
+
         return Contrast(
-            self.name, self.keys, tuple(layers), self.pair.at(part), *curves, self.theta[part], self.se[part],
-            self.influence[part], self.form[part], self.flags[part],
+            self.name, self.keys, tuple(layers), self.pair.at(part), cut(self.base), cut(self.aligned),
+            cut(self.difference), cut(self.attenuation), self.theta[part], self.se[part], self.influence[part],
+            self.form[part], self.flags[part],
         )  # fmt: skip
 
 

@@ -204,7 +204,8 @@ def _triangles(off: Float[np.ndarray, "model=2 *batch n n"]) -> Float[np.ndarray
     centred -= rows[..., None, :]
     centred[..., range(n), range(n)] = 0
     base, aligned = centred
-    two_base, two_aligned = base @ base, aligned @ aligned
+    # Times its transpose, which it is: BLAS then computes one half only.
+    two_base, two_aligned = (kernel @ np.swapaxes(kernel, -1, -2) for kernel in (base, aligned))
     chains = ((two_base, base), (two_base, aligned), (two_aligned, base), (two_aligned, aligned))
     return np.stack([np.einsum("...st,...st->...", x, y) for x, y in chains]) / (n * (n - 1) * (n - 2))
 
@@ -339,8 +340,8 @@ def _members(
     supposed = np.stack([line.supposed for line in lines])
 
     def rejected(x: np.ndarray) -> np.ndarray:
-        weights = (on[0] + on[1] * x for on in (on_base, on_aligned))
-        return abs(deviation(pair, *weights, supposed * x).beyond(critical, pair.n)) - 1
+        there = deviation(pair, on_base[0] + on_base[1] * x, on_aligned[0] + on_aligned[1] * x, supposed * x)
+        return abs(there.beyond(critical, pair.n)) - 1
 
     return list(zip(*hull_of_members(rejected, np.stack([line.point for line in lines])), strict=True))
 

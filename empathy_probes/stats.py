@@ -116,7 +116,7 @@ def _first_member(
 ) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"]]:
     """The first member along the grid, and the x before it (itself where it is the very first)."""
     found = member.argmax(0)[None]
-    return tuple(np.take_along_axis(x, i, 0)[0] for i in (found, np.maximum(found - 1, 0)))  # type: ignore[return-value]
+    return np.take_along_axis(x, found, 0)[0], np.take_along_axis(x, np.maximum(found - 1, 0), 0)[0]
 
 
 def _real_roots(c2: np.ndarray, c1: np.ndarray, c0: np.ndarray) -> list[np.ndarray]:
