@@ -97,8 +97,7 @@ def hull_of_members(
     parts = np.linspace(0, 1, 33).reshape(-1, 1, *ones)
     for _ in range(3):
         fine = outside + (inside - outside) * parts
-        over = excess(fine)
-        member = over <= 0
+        member = excess(fine) <= 0
         member[-1] = True
         inside, outside = _first_member(fine, member)
     # Between the last two the excess is as good as straight.
