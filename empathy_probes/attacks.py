@@ -18,7 +18,7 @@ from empathy_probes.grammar import stimuli_rows
 from empathy_probes.kernels import pair_kernels
 from empathy_probes.nulls import direction_gaps
 from empathy_probes.probes import N_FOLDS, lexical_scores
-from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrast_of, redraw
+from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrasts_of, redraw
 from empathy_probes.scorecard import Case, Row, Target, mean_row, proportion_row
 from empathy_probes.stats import auroc_interval, critical_t, grouped_folds
 
@@ -77,7 +77,7 @@ def correlated(
     for r in range(redraws):
         rows = np.random.default_rng([seed, 31, r]).choice(sample.n, n // CLUSTER, replace=False)
         for into, chosen in zip(held, (np.repeat(rows, CLUSTER), rows), strict=True):
-            curve = contrast_of(sample, chosen, population).attenuation
+            curve = contrasts_of(sample, chosen[None], population)[0].attenuation
             low, high = curve.lower[layer], curve.upper[layer]
             into.append(float(low <= truth and (truth <= high or high >= 1)))
     return np.array(held[0]), np.array(held[1])

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats as distributions
 
 from empathy_probes.contrasts import Contrast
-from empathy_probes.kernels import combined_variance, fieller
-from empathy_probes.stats import unit_normals, unit_signs
+from empathy_probes.kernels import deviation, fieller
+from empathy_probes.stats import as_normal, critical_t, unit_normals, unit_signs, upper_t
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,11 @@ def build_reference(controls: Sequence[Contrast]) -> Reference:
     usable = np.stack([c.has_form("log", "identical") for c in controls])
     theta = np.stack([c.theta for c in controls])
     variance = np.stack([c.se**2 for c in controls])
-    low, high = (np.stack(x) for x in zip(*(fieller_logs(c) for c in controls), strict=True))
     weak = np.stack([c.has_form("fieller") for c in controls])
+    low, high = np.zeros_like(theta), np.zeros_like(theta)
+    for j, control in enumerate(controls):
+        if weak[j].any():
+            low[j], high[j] = fieller_logs(control)
     lost = weak & ((high < 0) | (low > 0))
     typical = np.where(usable, variance, 0.0).sum(axis=0) / np.maximum(usable.sum(axis=0), 1)
     # A signal removed without any noise would be -inf; keep 0.01 says as much and leaves a mean.
@@ -158,7 +160,7 @@ def fieller_logs(
     contrast: Contrast, critical: float | None = None
 ) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
     """Ends of the Fieller set of log keep, at 95 % unless a critical value is given."""
-    t = float(distributions.t.ppf(0.975, contrast.n - 1)) if critical is None else critical
+    t = float(critical_t(contrast.n - 1)) if critical is None else critical
     with np.errstate(divide="ignore"):
         low, high = (np.log(x) for x in fieller(contrast.pair, t))
     return low, high
@@ -193,7 +195,7 @@ class Gap:
     @property
     def z(self) -> Float[np.ndarray, " layer"]:
         """t as a normal deviate of equal probability."""
-        return np.sign(self.t) * distributions.norm.isf(distributions.t.sf(abs(self.t), self.df))
+        return as_normal(self.t, self.df)
 
 
 def gap_to(
@@ -219,7 +221,7 @@ def gap_to(
     square = np.where(weak, np.exp(2 * (mean + log_keep)), 1.0)
     u = np.where(pair.u > 0, pair.u, 1.0)
     scale = 2 * square * u[0]
-    own = np.where(weak, combined_variance(pair, -square, np.ones_like(square)) / scale**2, target.se**2)
+    own = np.where(weak, deviation(pair, -square, np.ones_like(square)).variance / scale**2, target.se**2)
     value = np.where(weak, (pair.u[1] - square * pair.u[0]) / scale, target.theta - mean - log_keep)
     at_log = np.where(target.has_form("log"), 0.5 * (on_aligned / u[1] - on_base / u[0]), 0.0)
     covariance = np.where(weak, (on_aligned - square * on_base) / scale, at_log)
@@ -232,10 +234,11 @@ def mean_covariances(
     target: Contrast, reference: Reference
 ) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
     """Covariances of the target's two U-statistics with the controls' mean, through shared scenarios."""
-    place = {key: i for i, key in enumerate(reference.keys)}
-    found = [(i, place[key]) for i, key in enumerate(target.keys) if key in place]
-    if not found:
+    shared_keys = set(target.keys).intersection(reference.keys)
+    if not shared_keys:
         return np.zeros_like(target.se), np.zeros_like(target.se)
+    place = {key: i for i, key in enumerate(reference.keys)}
+    found = [(i, place[key]) for i, key in enumerate(target.keys) if key in shared_keys]
     own, other = (list(x) for x in zip(*found, strict=True))
     shared = reference.influence[:, other] / np.sqrt(target.n * (target.n - 1))
     base, aligned = ((x[:, own] * shared).sum(axis=-1) for x in target.pair.influence)
@@ -256,12 +259,12 @@ def specific_interval(
     extra = pool.tau2 if prediction else np.zeros_like(pool.tau2)
     gap = gap_to(target, reference, 0.0, extra)
     few = np.maximum(pool.count - 1, 1)
-    critical = distributions.t.isf(tail / 2, few if prediction else gap.df)
+    critical = upper_t(tail / 2, few if prediction else gap.df)
     low, high = gap.value - critical * gap.se, gap.value + critical * gap.se
     weak = target.has_form("fieller")
     if weak.any():
         spread = np.sqrt(pool.variance + extra)
-        ends = _combine(target, reference, spread, tail, distributions.t.isf(tail / 2, few))
+        ends = _combine(target, reference, spread, tail, upper_t(tail / 2, few))
         low, high = np.where(weak, ends[0], low), np.where(weak, ends[1], high)
     blank = target.has_form("blank")
     return np.where(blank, np.nan, low), np.where(blank, np.nan, high)
@@ -277,13 +280,14 @@ def _combine(
     log(lambda) / 2 - mean over that region. A correlation tilts the region.
     """
     pair, mean = target.pair, reference.pool.mean
-    own_critical = float(distributions.t.isf(tail / 2, target.n - 1))
+    own_critical = float(upper_t(tail / 2, target.n - 1))
     low, high = fieller(pair, own_critical)
     steps = np.linspace(0, 1, 257)[:, None]
     keep = low + (np.where(np.isfinite(high), high, low) - low) * steps
     square = keep**2
-    se = np.sqrt(np.maximum(combined_variance(pair, -square, np.ones_like(square)), 1e-300))
-    own = np.clip((pair.u[1] - square * pair.u[0]) / se / own_critical, -1, 1)
+    there = deviation(pair, -square, np.ones_like(square))
+    se = np.sqrt(np.maximum(there.variance, 1e-300))
+    own = np.clip(there.beyond(own_critical, pair.n), -1, 1)
     on_base, on_aligned = mean_covariances(target, reference)
     r = np.clip((on_aligned - square * on_base) / (se * np.maximum(spread, 1e-150)), -1, 1)
     width = np.sqrt((1 - r**2) * (1 - own**2))

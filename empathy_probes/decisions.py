@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats as distributions
+from scipy import special
 
 from empathy_probes.contrasts import (
     Contrast,
@@ -33,6 +33,7 @@ from empathy_probes.stats import (
     largest_quantile,
     studentised_sums,
     unit_signs,
+    upper_t,
 )
 
 FEWEST_CONTROLS = 6
@@ -255,7 +256,7 @@ def _tail(draws: np.ndarray) -> float:
     .942-.954. Two other recipes were worse: comparing |t| with the draws over the fixed standard error covers
     .868-.944, recomputing mean and Hartung-Knapp variance in every draw .910-.945 (docs/simulations).
     """
-    return min(1 - LEVEL, 2 * float(distributions.norm.sf(largest_quantile(draws))))
+    return min(1 - LEVEL, 2 * float(special.ndtr(-largest_quantile(draws))))
 
 
 def _specific_headline(view: _View, reference: Reference, family: _Family) -> _Headline:
@@ -265,9 +266,7 @@ def _specific_headline(view: _View, reference: Reference, family: _Family) -> _H
     narrow = specific_interval(target, reference, 0.10)
     gap = gap_to(target, reference, 0.0)
     p = adjusted_p(family.specific, gap.z)
-    return _Headline(
-        target.theta - reference.pool.mean, low, high, *narrow, p, distributions.t.isf(tail / 2, gap.df)
-    )
+    return _Headline(target.theta - reference.pool.mean, low, high, *narrow, p, upper_t(tail / 2, gap.df))
 
 
 def _merge(enough: np.ndarray, specific: _Headline, attenuation: _Headline) -> _Headline:
@@ -280,7 +279,6 @@ def _judge_one(
 ) -> Judgement:
     target, enough = view.target, view.enough
     n_layers = len(target.layers)
-    headline = _attenuation_headline(view, family)
     blank, none = np.full(n_layers, np.nan), np.zeros(n_layers, int)
     specific = prediction = Curve(blank, blank, blank)
     count, lost, tau, outside = none, none, blank, none == 0
@@ -291,7 +289,12 @@ def _judge_one(
         specific = attenuation_curve(target.theta - pool.mean, *ends)
         prediction, beyond = _prediction(target, reference, _tail(family.prediction))
         outside = beyond | ~enough
-        headline = _merge(enough, _specific_headline(view, reference, family), headline)
+    if reference is None or not enough.any():
+        headline = _attenuation_headline(view, family)
+    else:
+        headline = _specific_headline(view, reference, family)
+        if not enough.all():
+            headline = _merge(enough, headline, _attenuation_headline(view, family))
 
     silent = target.has_form("blank") | (~enough & (reference is not None))
     limit = np.where(enough, specific_margin, margin)
@@ -331,7 +334,7 @@ def _judge_one(
 def _prediction(target: Contrast, reference: Reference, tail: float) -> tuple[Curve, np.ndarray]:
     """Band of `specific` for one more control measured like this target, and where the target lies outside it."""
     pool = reference.pool
-    critical = distributions.t.isf(tail / 2, np.maximum(pool.count - 1, 1))
+    critical = upper_t(tail / 2, np.maximum(pool.count - 1, 1))
     reach = critical * gap_to(target, reference, 0.0, pool.tau2).se
     low, high = specific_interval(target, reference, tail, prediction=True)
     return attenuation_curve(reach * 0, -reach, reach), (low > 0) | (high < 0)
@@ -344,7 +347,7 @@ def _locate(view: _View, reference: Reference | None) -> tuple[LayerSet, LayerSe
     draws, back = view.sums, float(critical_t(target.n - 1))
     if enough.any() and reference is not None:
         square = np.where(enough, square * np.exp(-2 * reference.pool.mean), np.nan)
-        draws, back = view.errors, float(distributions.norm.isf(0.025))
+        draws, back = view.errors, float(-special.ndtri(0.025))
     # Nothing can begin where the base does not carry the contrast, such as a last token that all texts share.
     carried = np.array(["base_not_detected" not in flags for flags in target.flags])
     onset = loss = LayerSet((), includes_none=True)
@@ -397,7 +400,7 @@ def _needs(
     detectable = 1 - np.exp(np.log(1 - margin) - (critical + POWER) * se)
 
     show = np.maximum(-lower.value, upper.value) / (critical + POWER)
-    equate = np.minimum(inner[0].value, -inner[1].value) / (distributions.norm.isf(0.05) + POWER)
+    equate = np.minimum(inner[0].value, -inner[1].value) / (-special.ndtri(0.05) + POWER)
     target_se = np.maximum(show, equate)
     allowed = np.where(target_se > 0, target_se, np.nan) ** 2
     fixed = np.zeros_like(own)

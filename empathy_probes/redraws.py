@@ -25,6 +25,8 @@ from empathy_probes.kernels import strength_kernels
 CURVES = ("base", "aligned", "difference", "attenuation", "specific", "band")
 DECISIONS = ("", "attenuated", "amplified", "equivalent", "inconclusive")
 DRAWS = 1000
+# Numbers in the kernels of the redraws that are compared at once: 16 MB.
+CACHED = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -221,35 +223,42 @@ def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outco
     curves = np.full((*shape, len(CURVES), 3), np.nan, np.float32)
     decisions, detectable = np.zeros(shape, np.int8), np.full(shape, np.nan, np.float32)
     onset, none = np.zeros(shape, bool), np.zeros(shape[:2], bool)
-    for r in range(redraws):
-        rng = np.random.default_rng([seed, n, r])
-        contrasts = {
-            s.concept: contrast_of(s, rng.choice(s.n, n, replace=False), population)
-            for s in population.samples
-        }
-        judged = judge(
-            [contrasts[name] for name in targets],
-            [contrasts[s.concept] for s in population.of_role("control")],
-            draws=DRAWS,
-            seed=seed + r,
-        )
-        for t, j in enumerate(judged):
-            c = contrasts[j.name]
-            for k, curve in enumerate((c.base, c.aligned, c.difference, c.attenuation, j.specific, j.band)):
-                curves[r, t, :, k] = np.stack([curve.value, curve.lower, curve.upper], -1)
-            decisions[r, t] = [DECISIONS.index(word) for word in j.decision]
-            detectable[r, t] = j.minimum_detectable
-            onset[r, t] = np.isin(population.layers, j.onset.members)
-            none[r, t] = j.onset.includes_none
+    # Several redraws are compared at once, as so many layers more: as many as fit the processor's cache.
+    at_once = max(1, CACHED // (2 * len(population.layers) * n**2))
+    for first in range(0, redraws, at_once):
+        chosen = range(first, min(first + at_once, redraws))
+        rngs = [np.random.default_rng([seed, n, r]) for r in chosen]
+        compared = {}
+        for s in population.samples:
+            rows = np.stack([rng.choice(s.n, n, replace=False) for rng in rngs])
+            compared[s.concept] = contrasts_of(s, rows, population)
+        for i, r in enumerate(chosen):
+            judged = judge(
+                [compared[name][i] for name in targets],
+                [compared[s.concept][i] for s in population.of_role("control")],
+                draws=DRAWS,
+                seed=seed + r,
+            )
+            for t, j in enumerate(judged):
+                c = compared[j.name][i]
+                for k, curve in enumerate(
+                    (c.base, c.aligned, c.difference, c.attenuation, j.specific, j.band)
+                ):
+                    curves[r, t, :, k] = np.stack([curve.value, curve.lower, curve.upper], -1)
+                decisions[r, t] = [DECISIONS.index(word) for word in j.decision]
+                detectable[r, t] = j.minimum_detectable
+                onset[r, t] = np.isin(population.layers, j.onset.members)
+                none[r, t] = j.onset.includes_none
     return Outcomes(
         n, np.array([s.n for s in population.of_role("target")]), tuple(targets), population.layers, population.truth,
         np.sqrt(np.maximum([s.u[0] for s in population.of_role("control")], 0)), curves, decisions, detectable, onset, none
     )  # fmt: skip
 
 
-def contrast_of(sample: Sample, rows: Int[np.ndarray, " n"], population: Population) -> Contrast:
-    """The comparison a study would make of these scenarios."""
-    keys = [f"{sample.concept}\x1f{i}" for i in range(len(rows))]
-    return compare(
-        sample.concept, keys, sample.kernels(rows), population.layers, same_model=population.same_model
-    )
+def contrasts_of(sample: Sample, rows: Int[np.ndarray, "redraw n"], population: Population) -> list[Contrast]:
+    """The comparisons a study would make of each of these samples of scenarios."""
+    keys = [f"{sample.concept}\x1f{i}" for i in range(rows.shape[1])]
+    many, layers = len(population.layers), population.layers
+    kernels = np.concatenate([sample.kernels(chosen) for chosen in rows], axis=1)
+    whole = compare(sample.concept, keys, kernels, range(many * len(rows)), same_model=population.same_model)
+    return [whole.at(slice(i * many, (i + 1) * many), layers) for i in range(len(rows))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from empathy_probes import calibration
+from empathy_probes import calibration, redraws
 from empathy_probes.activations import Activations
 from empathy_probes.attacks import (
     correlated,
@@ -62,6 +62,16 @@ def test_the_truth_of_a_population_is_what_was_put_in(population: Population) ->
     truth = population.truth[0]
     np.testing.assert_allclose(truth[:, CURVES.index("attenuation")], [0, 0, 0.6, 0.6], atol=0.06)
     np.testing.assert_allclose(truth[:, CURVES.index("base")], 0.3, atol=0.02)
+
+
+def test_redraws_compared_together_say_what_each_says_alone(
+    population: Population, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = redraw(population, 60, 5)
+    monkeypatch.setattr(redraws, "CACHED", 1)
+    alone = redraw(population, 60, 5)
+    for name in ("curves", "decisions", "minimum_detectable", "onset", "onset_none"):
+        np.testing.assert_array_equal(getattr(together, name), getattr(alone, name))
 
 
 def test_intervals_of_redraws_hold_the_truth_and_the_planted_concept_is_decided(case: Case) -> None:

@@ -31,6 +31,7 @@ from empathy_probes.kernels import (
     log_ratio,
     pair_kernels,
     strength_difference,
+    strength_interval,
 )
 from empathy_probes.stats import (
     auroc_difference,
@@ -134,13 +135,16 @@ def naive_gap(base: np.ndarray, aligned: np.ndarray, folds: int = 5) -> tuple[np
     return kept, error
 
 
-def textbook_error(pair: KernelPair, on_base: np.ndarray, on_aligned: np.ndarray) -> np.ndarray:
-    """Standard error of a combination with the unbiased second-order term, for comparison."""
+def plain_error(
+    pair: KernelPair, on_base: np.ndarray, on_aligned: np.ndarray, second_order: float
+) -> np.ndarray:
+    """Standard error of a combination with the variance at the estimate, for comparison; 1 is the unbiased one."""
     zeta1, zeta2 = (
         on_base**2 * z[0, 0] + 2 * on_base * on_aligned * z[0, 1] + on_aligned**2 * z[1, 1]
         for z in (pair.zeta1, pair.zeta2)
     )
-    return np.sqrt(4 * np.maximum(zeta1, 0) / pair.n + 2 * zeta2 / (pair.n * (pair.n - 1)))
+    n = pair.n
+    return np.sqrt(4 * np.maximum(zeta1, 0) / n + second_order * 2 * zeta2 / (n * (n - 1)))
 
 
 def ratio_cell(rng: np.random.Generator, replicates: int, setting: dict, batch: int = 50) -> Iterator[Cell]:
@@ -156,34 +160,31 @@ def ratio_cell(rng: np.random.Generator, replicates: int, setting: dict, batch: 
         size = min(batch, replicates - start)
         base, aligned = simulate_pair(rng, size, **setting)
         pair = pair_kernels(gram(base), gram(aligned))
-        detected = pair.u[0] > t * pair.se[0]
-        both = is_strong(pair).all(axis=0)
-        only_aligned = is_strong(pair)[1] & detected
-        low, high = fieller(pair, t)
+        strengths = strength_interval(pair)
+        detected = strengths[0].lower > 0
         ratio = log_ratio(pair)
         truth = np.log(keep) if keep > 0 else -np.inf
-        log_covers = abs(ratio.theta - truth) <= t * ratio.se
-        set_covers = (low <= keep) & (keep <= high)
         add("detected", detected)
-        add("log", log_covers)
-        add("log_defined", ~np.isnan(ratio.theta))
-        add("fieller", set_covers)
-        add("log_share", both)
-        add("package", np.where(both, log_covers, set_covers))
-        add("theta", ratio.theta - truth)
-        u = np.where(pair.u > 0, pair.u, 1.0)
-        plain_log = abs(ratio.theta - truth) <= t * textbook_error(pair, -0.5 / u[0], 0.5 / u[1])
-        gap_now, one = pair.u[1] - keep**2 * pair.u[0], np.ones(size)
-        plain_set = abs(gap_now) <= t * textbook_error(pair, -(keep**2) * one, one)
-        add("textbook", np.where(only_aligned, plain_log, plain_set))
         # Simultaneous bands over a dozen layers live at about 2.9 standard errors.
-        wide = fieller(pair, 2.9)
-        wide_set = (wide[0] <= keep) & (keep <= wide[1])
-        add("far", np.where(both, abs(ratio.theta - truth) <= 2.9 * ratio.se, wide_set))
-        far_log = abs(ratio.theta - truth) <= 2.9 * textbook_error(pair, -0.5 / u[0], 0.5 / u[1])
-        far_set = abs(gap_now) <= 2.9 * textbook_error(pair, -(keep**2) * one, one)
-        add("far_textbook", np.where(only_aligned, far_log, far_set))
-        difference = strength_difference(pair)
+        for name, critical in (("package", t), ("far", 2.9)):
+            low, high = fieller(pair, critical)
+            add(name, (low <= keep) & (keep <= high))
+        add("theta", ratio.theta - truth)
+        add("strong", is_strong(pair).all(axis=0))
+        u = np.where(pair.u > 0, pair.u, 1.0)
+        positive = is_strong(pair)[1] & detected
+        gap_now, one = pair.u[1] - keep**2 * pair.u[0], np.ones(size)
+        for name, weight, chosen in (("textbook", 1.0, positive), ("before", 1.5, columns["strong"][-1])):
+            log_se = plain_error(pair, -0.5 / u[0], 0.5 / u[1], weight)
+            set_se = plain_error(pair, -(keep**2) * one, one, weight)
+            for suffix, critical in (("", t), ("_far", 2.9)):
+                on_log = abs(ratio.theta - truth) <= critical * log_se
+                add(name + suffix, np.where(chosen, on_log, abs(gap_now) <= critical * set_se))
+        for name, curve, true in zip(
+            ("strength_base", "strength_aligned"), strengths, (1.0, keep), strict=True
+        ):
+            add(name, (curve.lower <= true) & (true <= curve.upper))
+        difference = strength_difference(pair, *strengths)
         gap = keep - 1
         add("difference", (difference.lower <= gap) & (gap <= difference.upper))
         kept, error = naive_gap(base, aligned)
@@ -193,18 +194,18 @@ def ratio_cell(rng: np.random.Generator, replicates: int, setting: dict, batch: 
     name = ",".join(f"{k}={v}" for k, v in setting.items())
     shown = c["detected"]
     yield share("ratio", name, "base_detected", shown)
-    yield share("ratio", name, "log_form_used", c["log_share"][shown])
+    yield share("ratio", name, "both_strong", c["strong"][shown])
     yield share("ratio", name, "package", c["package"][shown])
-    yield share("ratio", name, "textbook_variance", c["textbook"][shown])
     yield share("ratio", name, "package_at_2.9_se", c["far"][shown])
-    yield share("ratio", name, "textbook_variance_at_2.9_se", c["far_textbook"][shown])
-    yield share("ratio", name, "fieller", c["fieller"][shown])
-    yield share("ratio", name, "log_where_positive", c["log"][shown & c["log_defined"]])
-    yield share("ratio", name, "difference", c["difference"])
+    for column, label in (("before", "variance_at_the_estimate_1.5"), ("textbook", "textbook_variance")):
+        yield share("ratio", name, label, c[column][shown])
+        yield share("ratio", name, f"{label}_at_2.9_se", c[f"{column}_far"][shown])
+    for column in ("strength_base", "strength_aligned", "difference"):
+        yield share("ratio", name, column, c[column])
     yield share("ratio", name, "naive_gap", c["naive"])
     yield Cell("ratio", name, "naive_gap_bias", 0, replicates, float(np.median(c["naive_bias"])))
     if keep > 0:
-        strong = c["log_share"] & shown
+        strong = c["strong"] & shown
         bias = float(np.median(c["theta"][strong])) if strong.sum() > 30 else np.nan
         yield Cell("ratio", name, "median_bias_theta_log_form", 0, int(strong.sum()), bias)
 
