@@ -41,6 +41,16 @@ FLAGS: dict[str, str] = {
     "base_direction": "Read along the base's direction in both models, not along each one's own.",
     "beyond_band": "The difference is not 0: it lies beyond the 95 % band that holds for all components at once.",
     "inexact_sum": "The components miss the score by more than 1 %: rounding of the model's half-precision numbers.",
+    "gain_not_detected": "A push along this direction does not move the answer beyond noise.",
+    "within_random_directions": "Directions drawn at random, with the spread of neutral states, move the answer as far (central 95 %).",
+    "within_shuffled_labels": "Directions of shuffled labels move the answer as far (p > 0.05).",
+    "beyond_perplexity_bound": "This dose makes neutral texts more than 1.1 times as perplexing: what it does to the answer may be damage.",
+    "null_small_doses_only": "The band of random directions comes from gradients and is known for small doses only.",
+    "noisy_direction": "The direction is known only roughly (estimated cosine below 0.9), and a rough direction has a small gain by itself: not decided.",
+    "effect_not_detected": "The two texts' answers are not told apart, so there is nothing to recover.",
+    "unequal_spans": "The two texts differ in a span of unequal length; its tokens are matched from the end.",
+    "no_tokens": "No pair of texts has a token of this role.",
+    "some_without_tokens": "Some pairs of texts have no token of this role and count as unmoved.",
     "no_onset": "No layer at which attenuation begins fits the data.",
 }
 """Flag → explanation, in the words of the method."""
