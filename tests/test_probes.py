@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from empathy_probes.probes import (
     _fit_platt,
     bits,
     bits_difference,
+    count_words,
+    counted_scores,
     cross_fitted_losses,
     cross_fitted_scores,
     entropy,
@@ -98,6 +101,24 @@ def contrast(n: int, gap: float, seed: int = 0, width: int = 12) -> tuple[np.nda
     rows = rng.standard_normal((2 * n, 2, width))
     rows[..., 0] += gap * labels[:, None]
     return rows, labels, [str(i // 2) for i in range(2 * n)]
+
+
+@pytest.mark.parametrize("characters", [False, True])
+def test_a_floor_equals_scikit_learns_vectorizer_fitted_on_the_training_folds(characters: bool) -> None:
+    generator = np.random.default_rng(3)
+    words = ["I", "a", "met", "old", "new", "road", "rain", "!", "don't", "boats", "boat"]
+    texts = [" ".join(generator.choice(words, 9)) for _ in range(40)]
+    labels, units = np.tile([1, 0], 20), [str(i // 2) for i in range(40)]
+    kind: dict[str, object] = {"token_pattern": r"(?u)\b\w+\b|[^\w\s]"}
+    kind = {"analyzer": "char", "ngram_range": (2, 5)} if characters else kind
+    folds, expected = grouped_folds(units, 5, 7), np.zeros(40)
+    for fold in range(5):
+        train = folds != fold
+        vectorizer = TfidfVectorizer(sublinear_tf=True, **kind).fit(np.array(texts)[train])
+        features = vectorizer.transform(texts).toarray()[:, None]
+        expected[~train] = cross_fitted_scores(features, labels[None], folds)[0, 0, ~train]
+    counts, _ = count_words(texts, characters=characters)
+    np.testing.assert_allclose(counted_scores(counts, labels[None], units, 7)[0], expected, atol=1e-12)
 
 
 def test_bits_are_none_on_noise_and_never_more_than_the_label_is_worth() -> None:
