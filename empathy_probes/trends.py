@@ -10,8 +10,8 @@ A mean of kernels is a kernel, so that intervals, the Fieller set, `specific`, b
 all stages are alike theta is 0; where strength nowhere rises and somewhere falls it is below 0: a linear contrast against an
 ordered alternative. A drift that all contrasts share cancels in `specific`, whatever its course. The trend says that later
 stages keep less, not that every step takes: `monotone` says that it is decided and that each step surely brings back no more
-than the margin (all of them must, so nothing is to be corrected), `reversed` that one surely brings back more. The trend is the test; stages and
-steps are families of their own beside it. Level and power are in docs/simulations.
+than the margin (all of them must, so nothing is to be corrected), `reversed` that one surely brings back more. The trend is
+the test; stages and steps are families of their own beside it. Level and power are in docs/simulations.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ from empathy_probes.store import Store, load_record, open_store, save_record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_Judged = dict[tuple[str, str], list[dict[str, Judgement]]]
+"""Per template and site, per comparison of one kind, what can be said of each concept."""
 LINEAGE_COLUMNS = [
     "concept", "role", "template", "site", "comparison", "from", "to", "layer", "depth", "n_scenarios",
     *(f"{name}{end}" for name in ("attenuation", "specific") for end in ("", "_lower", "_upper")),
@@ -145,7 +147,7 @@ class LineageTrend:
 
     def trends(self, template: str, site: str) -> Mapping[str, Judgement]:
         """What can be said about the later stages against the earlier ones, per concept."""
-        return self._judged[template, site]["trend", 0]
+        return self._trends[template, site][0]
 
     def at_stage(self, template: str, site: str, stage: str) -> Mapping[str, Judgement]:
         """What can be said about a stage against the base, per concept.
@@ -157,14 +159,13 @@ class LineageTrend:
             raise InputError(
                 f"unknown stage '{stage}': expected one of {', '.join(self.stages[1:])}; choose one of these"
             )
-        return self._judged[template, site]["stage", self.stages.index(stage) - 1]
+        return self._stages[template, site][self.stages.index(stage) - 1]
 
     def shape(self, template: str, site: str, concept: str) -> tuple[str, ...]:
         """Per layer `monotone` where the trend is decided and every step holds, `reversed`, or nothing where neither is shown."""
-        judged = self._judged[template, site]
-        steps = [judged["step", k][concept] for k in range(len(self.stages) - 1)]
+        steps = [judged[concept] for judged in self._steps[template, site]]
         found = []
-        for i, decision in enumerate(judged["trend", 0][concept].decision):
+        for i, decision in enumerate(self.trends(template, site)[concept].decision):
             # NaN, where a step has no lower end, is not above anything.
             held = all(step.band.lower[i] > -self.settings.margin for step in steps)
             back = any(step.decision[i] == "amplified" for step in steps)
@@ -172,32 +173,31 @@ class LineageTrend:
         return tuple(found)
 
     @cached_property
-    def _judged(self) -> dict[tuple[str, str], dict[tuple[str, int], dict[str, Judgement]]]:
-        return {
-            (template, site): {
-                (kind, k): self._judge(template, site, kind, k) for kind, k, _, _ in self._comparisons()
-            }
-            for template in self.templates
-            for site in self.sites
-        }
+    def _trends(self) -> _Judged:
+        return self._judge("trend")
 
-    def _comparisons(self) -> Iterator[tuple[str, int, str, str]]:
-        """Kind, place, and the stages that are compared."""
-        yield "trend", 0, self.stages[0], self.stages[-1]
-        for kind in ("stage", "step"):
-            for k, to in enumerate(self.stages[1:]):
-                yield kind, k, self.stages[0 if kind == "stage" else k], to
+    @cached_property
+    def _stages(self) -> _Judged:
+        return self._judge("stage")
 
-    def _judge(self, template: str, site: str, kind: str, k: int) -> dict[str, Judgement]:
+    @cached_property
+    def _steps(self) -> _Judged:
+        return self._judge("step")
+
+    def _judge(self, kind: str) -> _Judged:
+        """Every comparison of a kind is a family of its own, over its targets and layers."""
         s = self.settings
         draw: Any = {"margin": s.margin, "draws": s.draws, "seed": s.seed}
-        targets, controls = (
-            [_contrast(c, kind, k) for c in self.select(template, site, role)]
-            for role in ("target", "control")
-        )
-        judged = judge(targets, controls, specific_margin=s.specific_margin, **draw)
-        judged = (*judged, *(judge_controls(controls, **draw) if controls else ()))
-        return {j.name: j for j in judged}
+        judged: _Judged = {}
+        for template in self.templates:
+            for site in self.sites:
+                of_role = [self.select(template, site, role) for role in ("target", "control")]
+                for k in range(len(_contrasts(of_role[0][0], kind))):
+                    targets, controls = ([_contrasts(c, kind)[k] for c in group] for group in of_role)
+                    found = judge(targets, controls, specific_margin=s.specific_margin, **draw)
+                    found = (*found, *(judge_controls(controls, **draw) if controls else ()))
+                    judged.setdefault((template, site), []).append({j.name: j for j in found})
+        return judged
 
     def to_frame(self) -> pd.DataFrame:
         """The rows of `lineage.csv`; a blank cell is NaN and has a flag that says why."""
@@ -205,26 +205,36 @@ class LineageTrend:
 
     @cached_property
     def _frame(self) -> pd.DataFrame:
+        base, last, later = self.stages[0], self.stages[-1], self.stages[1:]
+        kinds = {
+            "trend": (self._trends, [(base, last)]),
+            "stage": (self._stages, [(base, stage) for stage in later]),
+            "step": (self._steps, list(pairwise(self.stages))),
+        }
         rows = [
             row
-            for template in self.templates
-            for site in self.sites
-            for kind, k, start, end in self._comparisons()
+            for (template, site) in self._trends
+            for kind, (judged, ends) in kinds.items()
+            for k, (start, end) in enumerate(ends)
             for c in self.select(template, site)
-            for row in self._rows(c, kind, k, start, end)
-        ]
+            for row in self._rows(
+                c, _contrasts(c, kind)[k], judged[template, site][k][c.concept],
+                {"comparison": kind, "from": start, "to": end},
+            )
+        ]  # fmt: skip
         frame = pd.DataFrame(rows, columns=LINEAGE_COLUMNS)
         frame["layer"] = frame["layer"].astype("Int64")
         return frame
 
-    def _rows(self, c: TracedConcept, kind: str, k: int, start: str, end: str) -> Iterator[dict[str, Any]]:
-        contrast = _contrast(c, kind, k)
-        j = self._judged[c.template, c.site][kind, k][c.concept]
-        shape = self.shape(c.template, c.site, c.concept) if kind == "trend" else ("",) * len(c.layers)
+    def _rows(
+        self, c: TracedConcept, contrast: Contrast, j: Judgement, comparison: dict[str, str]
+    ) -> Iterator[dict[str, Any]]:
+        trend = comparison["comparison"] == "trend"
+        shape = self.shape(c.template, c.site, c.concept) if trend else ("",) * len(c.layers)
         for i, layer in enumerate(c.layers):
             row: dict[str, Any] = {
-                "concept": c.concept, "role": c.role, "template": c.template, "site": c.site, "comparison": kind,
-                "from": start, "to": end, "layer": layer, "depth": (layer + 1) / self.n_layers, "n_scenarios": len(c.units),
+                "concept": c.concept, "role": c.role, "template": c.template, "site": c.site, **comparison,
+                "layer": layer, "depth": (layer + 1) / self.n_layers, "n_scenarios": len(c.units),
                 **_cells("attenuation", contrast.attenuation, i),
             }  # fmt: skip
             if c.role == "target":
@@ -258,8 +268,8 @@ def load_trend(path: str | Path) -> LineageTrend:
     return load_record(path, TYPES)
 
 
-def _contrast(concept: TracedConcept, kind: str, k: int) -> Contrast:
-    return concept.trend if kind == "trend" else (concept.stages if kind == "stage" else concept.steps)[k]
+def _contrasts(concept: TracedConcept, kind: str) -> tuple[Contrast, ...]:
+    return {"trend": lambda: (concept.trend,), "stage": lambda: concept.stages, "step": lambda: concept.steps}[kind]()  # fmt: skip
 
 
 def _cells(name: str, curve: Curve, i: int) -> dict[str, float]:

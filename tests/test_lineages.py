@@ -267,7 +267,7 @@ def test_the_trend_keeps_its_level_and_sees_a_ladder() -> None:
             found += bool((trend.trends("raw", "resid_post")["c"].p_adjusted <= 0.05).any())
         return found / times
 
-    # 150 draws at 5 % exceed .107 once in a thousand; the full table is in docs/simulations.
+    # 150 draws at 5 % exceed .107 less than once in 500; the full table is in docs/simulations.
     assert rate((1, 1, 1, 1), 150) <= 0.107
     assert rate((1, 0.95, 0.9, 0.85), 20) >= 0.9
 

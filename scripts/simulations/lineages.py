@@ -5,7 +5,7 @@ spectrum, correlated 0.8 between any two stages and 0.8 between layers, its trac
 every one follows the same course. Per replicate: is the trend significant at any layer (adjusted p ≤ .05), decided at any
 layer, is the last stage against the base, and what is said of the shape.
 
-    python scripts/simulations/lineages.py --replicates 1000 --seed 0 --out docs/simulations/lineages.csv
+    python scripts/simulations/lineages.py --replicates 150 --seed 0 --out docs/simulations/lineages.csv
 """
 
 import argparse
@@ -93,7 +93,7 @@ def replicate(
 
 def cells(replicates: int, seed: int) -> Iterator[list[object]]:
     """Rows of the table."""
-    plain = [(course, "no drift", n, 4.0, 0) for course in COURSES for n in (40, 100)]
+    plain = [(course, "no drift", 60, 4.0, 0) for course in COURSES]
     with_controls = [
         (course, drift, 60, 4.0, CONTROLS) for course in ("nothing", "steady, to .7") for drift in DRIFTS
     ]
@@ -101,8 +101,8 @@ def cells(replicates: int, seed: int) -> Iterator[list[object]]:
     for course, drift, n, trace, controls in (*plain, *with_controls, *without):
         name = f"{course};{drift};n={n};controls={controls}"
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        # Controls are eight times the work; a level needs more than a power.
-        times = max(replicates // 2, 1) if controls else replicates * (3 if course == "nothing" else 1)
+        # Controls are eight times the work; a level needs more draws than a power.
+        times = max(2 * replicates // 5, 1) if controls else replicates * (4 if course == "nothing" else 1)
         keep, common = np.array(COURSES[course], float), np.array(DRIFTS[drift], float)
         hits: dict[str, int] = {}
         for _ in range(times):
@@ -116,7 +116,7 @@ def cells(replicates: int, seed: int) -> Iterator[list[object]]:
 def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description="Level and power of the trend over a lineage.")
-    parser.add_argument("--replicates", type=int, default=1000)
+    parser.add_argument("--replicates", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="CSV file; standard output by default")
     options = parser.parse_args()
