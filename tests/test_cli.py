@@ -81,6 +81,7 @@ def test_compare_writes_the_whole_folder_of_the_contract(models: Path, files: Pa
         "attenuation.csv",
         "onset.csv",
         "ledger.csv",
+        "summary.csv",
         "arrays.safetensors",
         "report.html",
     }
