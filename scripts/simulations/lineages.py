@@ -102,7 +102,8 @@ def cells(replicates: int, seed: int) -> Iterator[list[object]]:
         name = f"{course};{drift};n={n};controls={controls}"
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         # Controls are eight times the work; a level needs more draws than a power.
-        times = max(2 * replicates // 5, 1) if controls else replicates * (4 if course == "nothing" else 1)
+        times = replicates * (4 if course == "nothing" else 1)
+        times = max(2 * times // 5, 1) if controls else times
         keep, common = np.array(COURSES[course], float), np.array(DRIFTS[drift], float)
         hits: dict[str, int] = {}
         for _ in range(times):
