@@ -13,10 +13,10 @@ from empathy_probes.drawing import (
     GREEN,
     GREY,
     VERMILLION,
-    Line,
     Panel,
     Sheet,
     draw_sheet,
+    line_of,
     plotly_sheet,
 )
 
@@ -46,10 +46,10 @@ def _sheet(frame: pd.DataFrame, template: str | None) -> Sheet:
     )
     rows = shown.sort_values(["control", "much"], ascending=[True, False])
     places = np.arange(len(rows), dtype=float)
-    models = (_line(rows, "base", "base", BLUE), _line(rows, "aligned", "aligned", VERMILLION))
-    lost = [_line(rows, "attenuation", "attenuation", GREY)]
+    models = (line_of(rows, "base", "base", BLUE), line_of(rows, "aligned", "aligned", VERMILLION))
+    lost = [line_of(rows, "attenuation", "attenuation", GREY)]
     if rows["specific"].notna().any():
-        lost.append(_line(rows, "specific", "beyond the controls", GREEN))
+        lost.append(line_of(rows, "specific", "beyond the controls", GREEN))
     # One concept that says next to nothing can reach −5 and flatten all others.
     ends = np.concatenate([x for line in lost for x in (line.y, line.lower, line.upper) if x is not None])
     ends = ends[np.isfinite(ends)]
@@ -62,10 +62,3 @@ def _sheet(frame: pd.DataFrame, template: str | None) -> Sheet:
     counted = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
     names = tuple(f"{r.concept}{' (control)' if r.role == 'control' else ''}" for r in rows.itertuples())
     return Sheet(f"coupling · {chosen} · {counted} scenarios", places, places, panels, names, "concept")
-
-
-def _line(rows: pd.DataFrame, column: str, name: str, colour: str) -> Line:
-    value, lower, upper = (
-        rows[f"{column}{end}"].to_numpy(dtype=float, na_value=np.nan) for end in ("", "_lower", "_upper")
-    )
-    return Line(name, value, lower, upper, colour)

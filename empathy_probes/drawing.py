@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,6 +52,14 @@ class Line:
     """Hex colour."""
     dash: str = "solid"
     """One of `DASHES`."""
+
+
+def line_of(rows: pd.DataFrame, column: str, name: str, colour: str) -> Line:
+    """The curve of a table's column with the interval beside it."""
+    value, lower, upper = (
+        rows[f"{column}{end}"].to_numpy(dtype=float, na_value=np.nan) for end in ("", "_lower", "_upper")
+    )
+    return Line(name, value, lower, upper, colour)
 
 
 @dataclass(frozen=True)

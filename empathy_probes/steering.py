@@ -52,6 +52,7 @@ from empathy_probes.readouts import (
 from empathy_probes.sites import Site
 from empathy_probes.stats import grouped_folds
 from empathy_probes.store import Store, open_store
+from empathy_probes.sweeps import check_continuable
 from empathy_probes.vectors import neutral_rms
 
 DOSES = (-1.0, -0.5, -0.25, -0.1, -0.05, 0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -136,11 +137,7 @@ def dose_response_design(
         raise InputError(f"directions got '{directions}', expected own or base; choose one")
     pair = design.pair
     for model in pair.models:
-        if model.replay_refusal:
-            raise InputError(
-                f"'{model.name}' ({model.architecture}) cannot be continued from a state: {model.replay_refusal}, expected it to "
-                "equal a plain run; run the encode stage only"
-            )
+        check_continuable(model)
     layers = tuple(layer for layer in design.layers if layer >= 0)
     texts = design.neutral if neutral is None else tuple(neutral)
     rms = np.stack([neutral_rms(model, SITE, texts)[list(layers)] for model in pair.models])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from empathy_probes.drawing import (
     Panel,
     Sheet,
     draw_sheet,
+    line_of,
     plotly_sheet,
 )
 from empathy_probes.errors import InputError
@@ -93,10 +95,9 @@ def _named(boundary: str) -> str:
 
 
 def _line(rows: pd.DataFrame, column: str, name: str, colour: str) -> Line:
-    value, lower, upper = (
-        rows[f"{column}{end}"].to_numpy(dtype=float, na_value=np.nan) for end in ("", "_lower", "_upper")
-    )
+    line = line_of(rows, column, name, colour)
     if column == "coupling":
         insane = rows["flags"].astype(str).str.contains("insane_boundary").to_numpy()
-        value, lower, upper = (np.where(insane, np.nan, x) for x in (value, lower, upper))
-    return Line(name, value, lower, upper, colour)
+        y, lower, upper = (np.where(insane, np.nan, part) for part in (line.y, line.lower, line.upper))
+        line = replace(line, y=y, lower=lower, upper=upper)
+    return line
