@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -95,9 +94,9 @@ def _named(boundary: str) -> str:
 
 
 def _line(rows: pd.DataFrame, column: str, name: str, colour: str) -> Line:
-    line = line_of(rows, column, name, colour)
     if column == "coupling":
         insane = rows["flags"].astype(str).str.contains("insane_boundary").to_numpy()
-        y, lower, upper = (np.where(insane, np.nan, part) for part in (line.y, line.lower, line.upper))
-        line = replace(line, y=y, lower=lower, upper=upper)
-    return line
+        rows = rows.assign(
+            **{f"{column}{end}": rows[f"{column}{end}"].mask(insane) for end in ("", "_lower", "_upper")}
+        )
+    return line_of(rows, column, name, colour)
