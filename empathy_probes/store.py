@@ -308,6 +308,15 @@ def _unpack(
                 f"{path} holds a '{content}', expected one of {', '.join(sorted(types))}; load it with the function for that result"
             )
         fields = {key: _unpack(entry, arrays, types, path) for key, entry in rest[0][1].items()}
+        known = {f.name for f in dataclasses.fields(types[content]) if f.init}
+        needed = {
+            f.name for f in dataclasses.fields(types[content]) if f.init and f.default is f.default_factory
+        }
+        if not needed <= fields.keys() <= known:
+            raise StoreError(
+                f"{path} holds a '{content}' with the fields {', '.join(sorted(fields))}, expected {', '.join(sorted(known))}: another "
+                "version of this package wrote it; make it again"
+            )
         return types[content](**fields)
     if kind == "array":
         return arrays[content]

@@ -128,3 +128,28 @@ def test_the_default_store_is_the_checkouts_then_the_environments_then_the_users
     assert default_store_url().endswith("empathy_probes")
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)
     assert default_store_url().endswith("activations")
+
+
+@dataclass(frozen=True)
+class Kept:
+    x: int
+    y: int = 2
+
+
+def test_a_record_of_another_version_is_refused_by_name_and_worked_out_again_in_the_store(
+    tmp_path: Path,
+) -> None:
+    @dataclass(frozen=True)
+    class Other:
+        x: int
+        z: int
+
+    types = {"Other": Kept}
+    save_record(Other(1, 3), tmp_path / "r.safetensors")
+    with pytest.raises(StoreError, match="another version of this package wrote it"):
+        load_record(tmp_path / "r.safetensors", types)
+    store = Store(str(tmp_path))
+    key = "0" * 64
+    assert store.remember_record(key, lambda: Other(1, 3), types) == Other(1, 3)
+    assert store.remember_record(key, lambda: Kept(5), {"Kept": Kept, **types}) == Kept(5)
+    assert store.remember_record(key, lambda: pytest.fail("kept already"), {"Kept": Kept}) == Kept(5)
