@@ -22,6 +22,7 @@ from empathy_probes.pairs import ModelPair
 from empathy_probes.patching_plots import transplant_figure, transplant_plotly
 from empathy_probes.readouts import ask_design, batch_asked, with_readout
 from empathy_probes.stimuli import ReadoutSpec
+from empathy_probes.stitching import ORDERS as STITCHED
 from empathy_probes.stitching import hybrid_readouts
 from empathy_probes.store import load_record
 from empathy_probes.transplants import (
@@ -110,11 +111,12 @@ def test_the_full_state_at_all_positions_is_a_stitched_hybrid(pair: ModelPair, r
     design = design_study(pair, [concept], template="raw", neutral=NEUTRAL)
     asked = ask_design(design, concept, "raw", 1)
     tokens = [prompt.ids for prompt in design.prompts["demo", "raw"][0]]
-    (to_base, _), _ = fit_crossings((neutral_states(pair.base, tokens), neutral_states(pair.aligned, tokens)))
+    crossings, _ = fit_crossings((neutral_states(pair.base, tokens), neutral_states(pair.aligned, tokens)))
+    to_base = crossings[0]
     random = np.ones((1, pair.base.n_layers + 1, pair.base.d_model))
     plan = plan_transplant(pair.aligned, concept.stimuli, asked, to_base, random, 0)
     plain, values = transplanted_readouts(pair.aligned, pair.base, asked, to_base, plan)
-    hybrids = hybrid_readouts(pair.aligned, pair.base, asked, to_base)
+    hybrids = hybrid_readouts(pair, asked, crossings)[STITCHED.index("aligned_then_base")]
     np.testing.assert_allclose(plain, hybrids[0], atol=2e-5)
     # Rows of a hybrid: none, −1, 0 … n_layers − 1, all.
     np.testing.assert_allclose(values[1, FULL], hybrids[1:-1], atol=2e-5, rtol=1e-4)
