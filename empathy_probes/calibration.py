@@ -3,7 +3,7 @@
 Each twin of a phantom base is made, all texts of the grammar's concepts run once through base and twin (the
 population), and samples of 40, 100 and 300 scenarios are drawn from it and judged a thousand times as a study would
 judge them. One file per twin and n is kept as soon as it is done, so that an interrupted run goes on where it
-stopped; twins are independent and run in several processes.
+stopped; twins are independent and run in several processes. What a base computes is kept in `activations` for its twins.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from empathy_probes.prompts import render
 from empathy_probes.redraws import DRAWS, Outcomes, Population, redraw, sample_of
 from empathy_probes.scorecard import COVERAGE, EXACT, Case, Row, Scorecard, cell_family, proportion_row, score
 from empathy_probes.secondary import MEASURES, Exhibit, Readings, proportions, read_redraws
-from empathy_probes.store import digest_of, load_record, open_store, save_record, write_file
+from empathy_probes.store import Store, digest_of, load_record, open_store, save_record, write_file
 
 logger = logging.getLogger(__name__)
 SIZES = (40, 100, 300)
@@ -144,7 +144,7 @@ def calibrate(
         bases = list_bases(phantoms)
         twins = tuple(twin for twin in full_twins(list(bases)) if has_twin(bases[twin.base], twin.family))
         options = Options(twins, redraws=redraws, seed=seed, attack_redraws=min(redraws, 200),
-                          measure_redraws=min(redraws, 200))  # fmt: skip
+                          measure_redraws=min(max(redraws // 5, 20), 200))  # fmt: skip
     return run_calibration(options, out, phantoms=phantoms, workers=workers)
 
 
@@ -233,8 +233,9 @@ def _one_thread() -> None:
 
 
 def _run_twin(twin: Twin, redraws: int, options: Options, out: Path, phantoms: str | Path | None) -> Twin:
+    bases = open_store(str(out / "activations"))
     if any(not _part(out, twin, n).is_file() for n in options.sizes):
-        people = population(twin, options, phantoms)
+        people = population(twin, options, phantoms, bases=bases)
     for n in options.sizes:
         path = _part(out, twin, n)
         if not path.is_file():
@@ -242,7 +243,7 @@ def _run_twin(twin: Twin, redraws: int, options: Options, out: Path, phantoms: s
             save_record(redraw(people, n, many, options.seed), path)
     sizes = _measured_sizes(twin, options)
     if any(not _part(out, twin, n, "measures_").is_file() for n in sizes):
-        shown = exhibit(twin, options, phantoms)
+        shown = exhibit(twin, options, phantoms, bases)
     for n in sizes:
         path = _part(out, twin, n, "measures_")
         if not path.is_file():
@@ -251,7 +252,9 @@ def _run_twin(twin: Twin, redraws: int, options: Options, out: Path, phantoms: s
     return twin
 
 
-def exhibit(twin: Twin, options: Options, phantoms: str | Path | None = None) -> Exhibit:
+def exhibit(
+    twin: Twin, options: Options, phantoms: str | Path | None = None, bases: Store | None = None
+) -> Exhibit:
     """The concept a twin is about (or the first target) at the block it is planted in (or the middle one)."""
     pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
     layer = pair.base.n_layers // 2 if twin.layer is None else twin.layer
@@ -259,28 +262,36 @@ def exhibit(twin: Twin, options: Options, phantoms: str | Path | None = None) ->
     names = (twin.concept or TARGETS[0],)
     concept = load_phantom_concepts(options.population, seed, options.nuisance, options.doubt, names)[0][0]
     neutral = neutral_set(neutral_texts(NEUTRAL_POPULATION, seed), concept)
-    acts = [
-        (_acts(pair.base, asked, (layer,), twin.key), _acts(pair.aligned, asked, (layer,), twin.key))
-        for asked in (concept, neutral)
-    ]
-    return Exhibit(concept, acts[0], acts[1], pair.identical)
+    base, aligned = (
+        [_acts(model, asked, (layer,), twin.key, kept) for asked in (concept, neutral)]
+        for model, kept in ((pair.base, bases), (pair.aligned, None))
+    )
+    texts, others = zip(base, aligned, strict=True)
+    return Exhibit(concept, texts, others, pair.identical)
 
 
-def _acts(model: Model, concept: Concept, layers: tuple[int, ...], key: str) -> Activations:
-    # Each concept's activations are used once: a store in memory holds them only as long as that.
-    store = open_store(f"memory://calibration/{key}/{os.getpid()}")
+def _acts(
+    model: Model, concept: Concept, layers: tuple[int, ...], key: str, kept: Store | None = None
+) -> Activations:
+    # A twin's activations are used once, and held in memory only as long as that; `kept` holds those of the bases.
+    store = kept or open_store(f"memory://calibration/{key}/{os.getpid()}")
     prompts = render(model.tokenizer, concept.stimuli, "raw", concept.speaker)
     acts = extract(model, prompts, ("resid_post",), layers, store)["resid_post"]
-    store.clear()
+    if kept is None:
+        store.clear()
     return acts
 
 
 def population(
-    twin: Twin, options: Options, phantoms: str | Path | None = None, frame: str = ""
+    twin: Twin,
+    options: Options,
+    phantoms: str | Path | None = None,
+    frame: str = "",
+    bases: Store | None = None,
 ) -> Population:
     """Run all scenarios of every concept of the grammar through both models of a twin.
 
-    `frame` is put before every text that the aligned model reads.
+    `frame` is put before every text that the aligned model reads; `bases` keeps what a base computes for its other twins.
     """
     pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
     layers = tuple(range(pair.base.n_layers))
@@ -303,7 +314,7 @@ def population(
             if frame and model is pair.aligned:
                 framed = tuple(replace(item, text=frame + item.text) for item in concept.stimuli.items)
                 asked = replace(concept, stimuli=replace(concept.stimuli, items=framed))
-            acts.append(_acts(model, asked, layers, twin.key))
+            acts.append(_acts(model, asked, layers, twin.key, bases if model is pair.base else None))
         samples.append(sample_of(concept, acts))
     return Population(layers, tuple(samples), pair.identical and not frame)
 
