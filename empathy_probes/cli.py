@@ -182,9 +182,14 @@ def _add_compare(commands: Any, anywhere: _Parser) -> None:
         "--concepts", **many, help="shipped concepts, comma-separated (default: all targets)"
     )
     compare.add_argument(
-        "--stimuli", nargs="+", action="extend", default=[], metavar="FILE", help="stimuli files of your own"
+        "--stimuli",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="stimuli files of your own, or public corpora as FORMAT:PATH",
     )
-    compare.add_argument("--controls", **many, help="names or files, comma-separated, or none")
+    compare.add_argument("--controls", **many, help="names, files or FORMAT:PATH, comma-separated, or none")
     compare.add_argument(
         "--template", default="both", choices=("raw", "shared", "own", "both"), help="default %(default)s"
     )
@@ -410,13 +415,17 @@ def _list_concepts(args: argparse.Namespace) -> int:
 def _audit(args: argparse.Namespace) -> int:
     from empathy_probes.audit import audit_concepts, audit_library, shipped_concepts
     from empathy_probes.audit_tables import describe_audit, docs_page, plain_audit
-    from empathy_probes.concepts import load_concept, load_concept_file
+    from empathy_probes.concepts import load_concept, load_concept_file, split_format
 
     if args.names:
         concepts = [
             concept
             for name in args.names
-            for concept in (load_concept_file(name) if Path(name).suffix else [load_concept(name)])
+            for concept in (
+                load_concept_file(name)
+                if Path(name).suffix or split_format(name)[0]
+                else [load_concept(name)]
+            )
         ]
         audits = audit_concepts(concepts, shipped_concepts())
     else:

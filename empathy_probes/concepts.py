@@ -92,8 +92,8 @@ def load_concept_file(path: str | Path, role: Literal["target", "control"] = "ta
     A TOML of the same stem beside the file describes it as shipped concepts are described; without one
     the speaker is the user. `role` always wins: a file named as a control is a control.
     """
-    format, _, place = str(path).partition(":")
-    if format in FORMATS:
+    format, place = split_format(str(path))
+    if format:
         speaker = FORMATS[format].speaker
         return tuple(
             Concept(stimuli.concept, role, "", "", speaker, f"{format}, paired by length", stimuli)
@@ -107,6 +107,12 @@ def load_concept_file(path: str | Path, role: Literal["target", "control"] = "ta
         Concept(stimuli.concept, role, "", "", "user", f"stimuli of {path.name}", stimuli)
         for stimuli in load_stimuli(path)
     )
+
+
+def split_format(name: str) -> tuple[str, str]:
+    """The format and the place of a public corpus named as `FORMAT:PATH`; of a plain path, no format."""
+    format, _, place = name.partition(":")
+    return (format, place) if format in FORMATS else ("", name)
 
 
 def load_neutral() -> tuple[str, ...]:

@@ -11,7 +11,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from empathy_probes.concepts import Concept, load_concept, load_concept_file, load_controls, load_targets
+from empathy_probes.concepts import (
+    Concept,
+    load_concept,
+    load_concept_file,
+    load_controls,
+    load_targets,
+    split_format,
+)
 from empathy_probes.design import Design, design_study
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import plan_extraction, seconds_per_token
@@ -33,9 +40,9 @@ class StudySpec:
     concepts: tuple[str, ...] = ()
     """Shipped concepts by name; all shipped targets where neither concepts nor stimuli are given."""
     stimuli: tuple[str, ...] = ()
-    """Stimuli files of one's own."""
+    """Stimuli files of one's own, or public corpora as FORMAT:PATH."""
     controls: tuple[str, ...] | None = None
-    """Names or files; None: the shipped controls where shipped concepts are used; empty: none."""
+    """Names, files or FORMAT:PATH; None: the shipped controls where shipped concepts are used; empty: none."""
     template: str = "both"
     sites: tuple[str, ...] = ("resid_post",)
     layers: str = "all"
@@ -84,7 +91,9 @@ def read_spec(path: str | Path) -> StudySpec:
         raise InputError(f"{path}: got no key 'base', expected the base model's folder or hub id; add it")
 
     def here(name: str) -> str:
-        return str(path.parent / name) if (path.parent / name).exists() else name
+        format, place = split_format(name)
+        beside = path.parent / place
+        return f"{format}{':' * bool(format)}{beside}" if beside.exists() else name
 
     for key in ("base", "aligned", "adapter", "readout"):
         if key in entries and not Path(entries[key]).exists():
@@ -98,7 +107,8 @@ def read_spec(path: str | Path) -> StudySpec:
 
 
 def _is_file(name: str) -> bool:
-    return Path(name).suffix in {".jsonl", ".csv", ".parquet"}
+    format, place = split_format(name)
+    return bool(format) or Path(place).suffix in {".jsonl", ".csv", ".parquet"}
 
 
 def _typed(path: Path, key: str, value: Any, annotation: str) -> Any:

@@ -17,6 +17,7 @@ from empathy_probes import goemotions, pairing, public_data
 from empathy_probes.concepts import load_concept_file
 from empathy_probes.errors import InputError
 from empathy_probes.prompts import render
+from empathy_probes.specs import read_spec, resolve_concepts
 from empathy_probes.stimuli import StimulusSet, load_stimuli, stimuli_from_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -560,6 +561,22 @@ def test_a_corpus_is_a_concept_by_format_and_path(corpora: dict[str, Path]) -> N
     (advice,) = load_concept_file(f"esconv:{corpora['esconv']}", "control")
     assert (advice.name, advice.role, advice.speaker) == ("esconv_advice", "control", "assistant")
     assert advice.stimuli.digest == load_stimuli(corpora["esconv"], "esconv")[0].digest
+
+
+def test_a_corpus_is_a_target_or_a_control_of_a_study_file_and_lies_beside_it(
+    corpora: dict[str, Path],
+) -> None:
+    folder = corpora["esconv"].parent
+    study = folder / "study.toml"
+    study.write_text(
+        'base = "b"\naligned = "a"\nstimuli = ["esconv:esconv"]\ncontrols = ["emobank:emobank", "tense"]'
+    )
+    spec = read_spec(study)
+    assert spec.stimuli == (f"esconv:{folder / 'esconv'}",)
+    assert spec.controls == (f"emobank:{folder / 'emobank'}", "tense")
+    targets, controls = resolve_concepts(spec)
+    assert [concept.name for concept in targets] == ["esconv_advice"]
+    assert controls[-1].name == "tense" and {concept.role for concept in controls} == {"control"}
 
 
 def test_rows_of_a_corpus_are_lines_of_a_stimuli_file(corpora: dict[str, Path]) -> None:
