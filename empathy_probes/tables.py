@@ -148,7 +148,7 @@ VIEW_HEAD = ["view", "in the base", "in the aligned model", "difference"]
 
 
 def view_rows(frame: pd.DataFrame, layer: Any) -> list[list[Cell]]:
-    """Other views of a concept at one layer.
+    """Other views of a concept at one layer, and what words alone give.
 
     Args:
         frame: rows of attenuation.csv of one concept, template and site.
@@ -166,6 +166,9 @@ def view_rows(frame: pd.DataFrame, layer: Any) -> list[list[Cell]]:
                 for c in ("base", "aligned", "difference")
             ]
             rows.append([Cell(name), *(Cell(text) for text in cells)])
+    for row in frame[frame["site"] == "text"].to_dict("records"):
+        said = f"{number(row['base'])} {interval(row['base_lower'], row['base_upper'])}"
+        rows.append([Cell(text) for text in ("AUROC of words alone (no model)", said, BLANK, BLANK)])
     return rows
 
 

@@ -32,8 +32,10 @@ from empathy_probes.concepts import Concept, list_concepts, load_concept, load_c
 from empathy_probes.errors import InputError
 from empathy_probes.models import load_model
 from empathy_probes.pairs import make_pair
+from empathy_probes.report import write_report
 from empathy_probes.stimuli import stimuli_from_rows
 from empathy_probes.store import load_record
+from empathy_probes.study import Study
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "concepts.md"
 SYLLABLES = ["ba", "do", "fi", "gu", "ke", "lo", "mi", "nu", "pa", "ro", "si", "tu", "ve", "wo", "za"]
@@ -179,6 +181,11 @@ def test_the_reports_lexical_floor_catches_the_same_keyword(tmp_path: Path) -> N
     assert floor.base.item() > 0.95 and floor["flags"].item() == "lexical_floor"
     read = frame[(frame.site == "resid_post") & (frame.measure == "auroc")]
     assert read["flags"].str.contains("below_lexical_floor").any()
+    page = write_report(Study("leak", [finding]), tmp_path / "report.html").read_text(encoding="utf8")
+    card = page[page.index('id="concept-0-leaky"') : page.index('id="controls"')]
+    assert "The probe does not beat a bag of words here" in card
+    said = " ".join(re.sub("<[^>]*>", " ", card).split())
+    assert f"AUROC of words alone (no model) {floor.base.item():.2f}" in said
 
 
 def test_texts_of_one_label_that_are_a_word_longer_are_caught() -> None:
