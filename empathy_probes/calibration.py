@@ -27,12 +27,13 @@ from empathy_probes.concepts import Concept
 from empathy_probes.design import neutral_set
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract
-from empathy_probes.grammar import TARGETS, neutral_texts
+from empathy_probes.grammar import CONTROLS, TARGETS, neutral_texts
 from empathy_probes.models import Model
 from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import has_twin, list_bases, open_twin
 from empathy_probes.prompts import render
 from empathy_probes.redraws import DRAWS, Outcomes, Population, redraw, sample_of
+from empathy_probes.rehearsals import Rehearsal, rehearsal_rows, rehearse, speak
 from empathy_probes.scorecard import COVERAGE, EXACT, Case, Row, Scorecard, cell_family, proportion_row, score
 from empathy_probes.secondary import MEASURES, Exhibit, Readings, proportions, read_redraws
 from empathy_probes.store import Store, digest_of, load_record, open_store, save_record, write_file
@@ -86,6 +87,10 @@ class Options:
     """Per attack and ablation; none for a quick scorecard."""
     measure_redraws: int = 0
     """Of the secondary measures, per cell and n up to 100; none for a quick scorecard."""
+    rehearsal_redraws: int = 0
+    """Of whole studies with all stages, per twin of `REHEARSED` and n up to 100; none for a quick scorecard."""
+    rehearsal_population: int = 200
+    """Scenarios of the concept and of each control that these are drawn from."""
 
 
 # What is planted in every base: concept, block, what is kept.
@@ -93,6 +98,11 @@ PLANTED = (
     ("valence", 3, 0.25), ("valence", 1, 0.5), ("valence", 2, 0.75), ("distance", 1, 0.25), ("distance", 3, 0.5),
     ("conflict", 2, 0.25), ("conflict", 4, 0.5),
 )  # fmt: skip
+
+
+# Twins about which whole studies are held: of `full_twins`, those of the first target at its first place.
+REHEARSED = ("identical", "rotated", "planted", "erased", "local", "rerouted", "unread", "unsaid")
+REHEARSED_CONTROLS = 8
 
 
 def full_twins(bases: Sequence[str]) -> tuple[Twin, ...]:
@@ -144,7 +154,8 @@ def calibrate(
         bases = list_bases(phantoms)
         twins = tuple(twin for twin in full_twins(list(bases)) if has_twin(bases[twin.base], twin.family))
         options = Options(twins, redraws=redraws, seed=seed, attack_redraws=min(redraws, 200),
-                          measure_redraws=min(max(redraws // 5, 20), 200))  # fmt: skip
+                          measure_redraws=min(max(redraws // 5, 20), 200),
+                          rehearsal_redraws=min(redraws, 100))  # fmt: skip
     return run_calibration(options, out, phantoms=phantoms, workers=workers)
 
 
@@ -179,7 +190,10 @@ def run_calibration(
         for case in cases
         if case.family == "continued"
     ]
-    card = Scorecard((*score(cases), *_measured(options, out), *attacked, *pointwise), _provenance(options))
+    card = Scorecard(
+        (*score(cases), *_measured(options, out), *_rehearsed(options, out), *attacked, *pointwise),
+        _provenance(options),
+    )
     card.save(out)
     return card
 
@@ -249,7 +263,53 @@ def _run_twin(twin: Twin, redraws: int, options: Options, out: Path, phantoms: s
         if not path.is_file():
             many = max(round(options.measure_redraws * redraws / options.redraws), 2)
             save_record(read_redraws(shown, n, many, options.seed), path)
+    path = _rehearsal_part(out, twin)
+    if _is_rehearsed(twin, options) and not path.is_file():
+        held = _hold(twin, options, phantoms)
+        spoken = {n: speak(held, n, options.rehearsal_redraws, options.seed) for n in QUICK_SIZES}
+        write_file(path, json.dumps(spoken).encode())
     return twin
+
+
+def _is_rehearsed(twin: Twin, options: Options) -> bool:
+    first = next(t for t in options.twins if (t.base, t.family) == (twin.base, twin.family))
+    return options.rehearsal_redraws > 0 and twin.family in REHEARSED and twin == first
+
+
+def _rehearsal_part(out: Path, twin: Twin) -> Path:
+    return out / "parts" / f"{twin.key}_rehearsal.json"
+
+
+def _hold(twin: Twin, options: Options, phantoms: str | Path | None) -> Rehearsal:
+    pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
+    names = (twin.concept or TARGETS[0], *CONTROLS[:REHEARSED_CONTROLS])
+    (target,), controls = load_phantom_concepts(
+        options.rehearsal_population, options.seed + POPULATION_SEED, options.nuisance, options.doubt, names
+    )
+    store = open_store(f"memory://rehearsal/{twin.key}/{os.getpid()}")
+    layer = pair.base.n_layers // 2 if twin.layer is None else twin.layer
+    neutral = neutral_texts(REHEARSED_NEUTRAL, options.seed + POPULATION_SEED)
+    held = rehearse(pair, target, controls, neutral, store, sorted({1, layer}))
+    store.clear()
+    return held
+
+
+def _rehearsed(options: Options, out: Path) -> list[Row]:
+    """Rates of what whole studies say, pooled over bases."""
+    cells: dict[tuple[str, str, str, int], list[tuple[Twin, dict[str, Sequence[str]]]]] = {}
+    for twin in options.twins:
+        if _is_rehearsed(twin, options):
+            spoken = json.loads(_rehearsal_part(out, twin).read_text(encoding="utf8"))
+            for n, words in spoken.items():
+                cell = (cell_family(twin.family, twin.keep), twin.architecture, twin.concept or "", int(n))
+                cells.setdefault(cell, []).append((twin, words))
+    rows: list[Row] = []
+    for cell, found in cells.items():
+        pooled = {
+            question: [word for _, words in found for word in words[question]] for question in found[0][1]
+        }
+        rows += rehearsal_rows(cell, found[0][0].layer, pooled)
+    return rows
 
 
 def exhibit(
@@ -322,6 +382,7 @@ def population(
 POPULATION_SEED = 50_000
 """Keeps the scenarios apart from those that twins are made with and from those of truth.json."""
 NEUTRAL_POPULATION = 4000
+REHEARSED_NEUTRAL = 320
 MEASURED_UP_TO = 100
 """Largest sample of the secondary measures: their nested probes cost a second and more beyond."""
 
@@ -362,7 +423,8 @@ def _measured_sizes(twin: Twin, options: Options) -> tuple[int, ...]:
 
 def _parts(out: Path, twin: Twin, options: Options) -> list[Path]:
     measured = [_part(out, twin, n, "measures_") for n in _measured_sizes(twin, options)]
-    return [*(_part(out, twin, n) for n in options.sizes), *measured]
+    rehearsed = [_rehearsal_part(out, twin)] if _is_rehearsed(twin, options) else []
+    return [*(_part(out, twin, n) for n in options.sizes), *measured, *rehearsed]
 
 
 def _measured(options: Options, out: Path) -> list[Row]:

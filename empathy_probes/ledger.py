@@ -128,7 +128,7 @@ def ledger_frame(
             }
             row |= {"missing": ";".join(verdict.missing), "scenarios_needed": h.scenarios_needed}
         else:
-            decision, _ = _overall(finding.judgements(template, site)[m.concept])
+            decision, _ = encoded_overall(finding.judgements(template, site)[m.concept])
             row |= {"encode": decision or "undecided", "verdict": ""}
         rows.append(row)
     frame = pd.DataFrame(rows, columns=LEDGER_COLUMNS)
@@ -155,8 +155,8 @@ def headline_dicts(found: Sequence[Headline]) -> list[dict[str, Any]]:
     return [{**asdict(h), "flags": list(h.flags)} for h in found]
 
 
-def _overall(j: Judgement) -> tuple[str, int | None]:
-    """The decision over all blocks, and the index of the layer it is quoted at (None where all are blank)."""
+def encoded_overall(j: Judgement) -> tuple[str, int | None]:
+    """The encode stage in one word over all blocks, and the index of the layer it is quoted at (None where all are blank)."""
     blocks = np.array([layer >= 0 for layer in j.layers])
     known = blocks & ~np.isnan(j.band.lower)
     decided = np.array([d in ("attenuated", "amplified") for d in j.decision]) & blocks
@@ -175,7 +175,7 @@ def _overall(j: Judgement) -> tuple[str, int | None]:
 
 
 def _headline(finding: Finding, m: Measurement, j: Judgement) -> Headline:
-    decision, at = _overall(j)
+    decision, at = encoded_overall(j)
     blank = at is None
     index = 0 if at is None else at
     flags = {

@@ -32,7 +32,7 @@ from empathy_probes.pages import (
     slug,
     template_text,
 )
-from empathy_probes.scorecard import METRIC_WORDS, load_scorecard
+from empathy_probes.scorecard import describe_metric, load_scorecard
 from empathy_probes.store import write_file
 
 
@@ -281,7 +281,7 @@ def _known_pairs() -> dict[str, Any]:
         )
     judged = [row for row in card.rows if row.met is not None]
     return {
-        "sizes": sizes, "rows": rows, "words": [(m.replace("_", " "), METRIC_WORDS[m]) for m in frame["metric"].unique()], "pairs": card.provenance["pairs"], "redraws": card.provenance["redraws"],
+        "sizes": sizes, "rows": rows, "words": [(m.replace("_", " "), describe_metric(m)) for m in frame["metric"].unique()], "pairs": card.provenance["pairs"], "redraws": card.provenance["redraws"],
         "met": len(judged) - len(card.missed), "judged": len(judged),
         "wide": len(card.too_wide),
         "missed": len(card.missed),

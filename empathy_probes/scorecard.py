@@ -238,8 +238,16 @@ METRIC_WORDS = {
     "onset_size": "Mean number of blocks in the onset set, of six.",
     "two_sided": "Share of redraws whose interval of attenuation has both ends.",
     "minimum_detectable": "Mean smallest attenuation that a run of this size would decide with 80 % power.",
+    "says_<question>": "Share of redraws of a whole study with all stages in which encode, use, express, gain, the verdict or the frontier of a transplant is what was planted.",
+    "verdict_<word>": "Share of the same redraws in which the ledger gives this verdict.",
     "coverage_<measure>_<column>": "Share of redraws in which this interval of attenuation.csv holds the truth, at the planted block. Truth of d′ and cosine: the whole population and 4,000 neutral texts. Truth of AUROC, bits and transfer: their mean over samples of this size.",
 }  # fmt: skip
+
+
+def describe_metric(name: str) -> str:
+    """What a metric says, in words; of those that come by measure, question or verdict, what all of them say."""
+    patterns = [key for key in METRIC_WORDS if "<" in key and name.startswith(key[: key.index("<")])]
+    return METRIC_WORDS[name] if name in METRIC_WORDS else METRIC_WORDS[patterns[0]]
 
 
 # ---------------------------------------------------------------- the scorecard

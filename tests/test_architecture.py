@@ -44,6 +44,7 @@ FLOORS = (
     {"scorecard", "secondary", "verdicts", "stages", "phantoms"},
     {"attacks"},
     {"ledger", "specs", "summaries"},
+    {"rehearsals"},
     {"study", "calibration"},
     {"wording", "drawing"},
     {
