@@ -403,7 +403,7 @@ def _list_concepts(args: argparse.Namespace) -> int:
         for row in rows:
             if (row["mechanism"] if row["role"] == "target" else "") == mechanism:
                 print(
-                    f"  {row['name']:<16} {row['n_scenarios']:>3} scenarios  {row['speaker']:<12}  {row['dimension']:<10}  {row['digest'][:12]}"
+                    f"  {row['name']:<24} {row['n_scenarios']:>3} scenarios  {row['speaker']:<12}  {row['dimension']:<10}  {row['digest'][:12]}"
                 )
     return 0
 
