@@ -396,6 +396,7 @@ def _list_concepts(args: argparse.Namespace) -> int:
         {
             "name": concept.name, "role": concept.role, "mechanism": concept.mechanism, "dimension": concept.dimension,
             "speaker": concept.speaker, "n_scenarios": concept.stimuli.n_scenarios, "digest": concept.digest,
+            "variant_of": concept.variant_of,
         }
         for concept in map(load_concept, list_concepts())
     ]  # fmt: skip
@@ -407,7 +408,7 @@ def _list_concepts(args: argparse.Namespace) -> int:
         for row in rows:
             if (row["mechanism"] if row["role"] == "target" else "") == mechanism:
                 print(
-                    f"  {row['name']:<16} {row['n_scenarios']:>3} scenarios  {row['speaker']:<12}  {row['dimension']:<10}  {row['digest'][:12]}"
+                    f"  {row['name']:<24} {row['n_scenarios']:>3} scenarios  {row['speaker']:<12}  {row['dimension']:<10}  {row['digest'][:12]}"
                 )
     return 0
 

@@ -22,7 +22,7 @@ MECHANISMS = ("sentiment_attenuation", "granularity_mismatch", "conflict_avoidan
 DIMENSIONS = ("cognitive", "cultural", "relational")
 SPEAKERS = ("user", "assistant", "third_person")
 REQUIRED = ("name", "role", "mechanism", "dimension", "speaker", "read", "description")
-OPTIONAL = ("labels", "exceptions", "author", "date", "version", "licence", "notes")
+OPTIONAL = ("variant_of", "labels", "exceptions", "author", "date", "version", "licence", "notes")
 TABLES = ("labels", "exceptions")
 
 
@@ -45,6 +45,8 @@ class Concept:
     """What each label means."""
     exceptions: dict[str, str] = field(default_factory=dict)
     """Why a check of the audit may be missed, by its name."""
+    variant_of: str = ""
+    """Of a variant, the concept that it asks of another speaker; empty otherwise."""
 
     @property
     def digest(self) -> str:
@@ -57,7 +59,7 @@ def _folder() -> Path:
 
 
 def list_concepts() -> tuple[str, ...]:
-    """Names of the shipped concepts, targets first, alphabetical within a role."""
+    """Names of the shipped concepts and their variants, targets first, alphabetical within a role."""
     roles = {path.stem: _read_toml(path)["role"] for path in _folder().glob("*.toml")}
     return tuple(sorted(roles, key=lambda name: (roles[name] != "target", name)))
 
@@ -77,8 +79,9 @@ def load_concept(name: str) -> Concept:
 
 
 def load_targets() -> tuple[Concept, ...]:
-    """All shipped targets."""
-    return tuple(concept for concept in map(load_concept, list_concepts()) if concept.role == "target")
+    """All shipped targets, each of the speaker it is mostly asked of; variants are measured where they are named."""
+    concepts = map(load_concept, list_concepts())
+    return tuple(concept for concept in concepts if concept.role == "target" and not concept.variant_of)
 
 
 def load_controls() -> tuple[Concept, ...]:
@@ -185,4 +188,5 @@ def _described(description: Path, stimuli_file: Path | None = None) -> Concept:
         speaker=entry["speaker"], description=entry["description"], stimuli=sets[0],
         labels={str(key): str(value) for key, value in entry.get("labels", {}).items()},
         exceptions={check: " ".join(why.split()) for check, why in entry.get("exceptions", {}).items()},
+        variant_of=entry.get("variant_of", ""),
     )  # fmt: skip
