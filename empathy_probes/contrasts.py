@@ -170,6 +170,7 @@ def compare(
         flags=flag_layers(
             {
                 "base_not_detected": ~pair.identical & ~strong & ~detected,
+                "only_in_aligned": ~pair.identical & ~strong & ~detected & (aligned.lower > 0),
                 "at_chance": pair.identical & ~detected,
                 "incompatible": incompatible,
                 "weak_signal": weak,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from empathy_probes.attenuation import Finding, Measurement
 from empathy_probes.decisions import FEWEST_CONTROLS, Judgement
@@ -168,10 +169,16 @@ def encoded_overall(j: Judgement) -> tuple[str, int | None]:
     at = int(np.argmax(np.where(candidates, size, -np.inf)))
     if decided.any():
         return j.decision[at], at
-    of_blocks = {d for d, block in zip(j.decision, blocks, strict=True) if block}
-    if of_blocks == {"equivalent"}:
+    # Where neither model shows the contrast there is nothing to lose or to gain, and nothing to be shown equal.
+    asked = {d for d, there in zip(j.decision, blocks & carried(j), strict=True) if there}
+    if asked == {"equivalent"}:
         return "equivalent", at
-    return ("inconclusive" if of_blocks & {"inconclusive", "equivalent"} else ""), at
+    return ("inconclusive" if asked & {"inconclusive", "equivalent"} else ""), at
+
+
+def carried(j: Judgement) -> Bool[np.ndarray, " layer"]:
+    """Layers at which at least one of the models shows the contrast."""
+    return np.array(["base_not_detected" not in flags or "only_in_aligned" in flags for flags in j.flags])
 
 
 def _headline(finding: Finding, m: Measurement, j: Judgement) -> Headline:
@@ -208,7 +215,24 @@ def _headline(finding: Finding, m: Measurement, j: Judgement) -> Headline:
         flags=tuple(sorted(flags)),
         sentence="",
     )
-    return replace(headline, sentence=_sentence(headline, finding.settings))
+    shown = [layer for layer, there in zip(m.layers, carried(j), strict=True) if there and layer >= 0]
+    everywhere = len(shown) == sum(layer >= 0 for layer in m.layers)
+    return replace(headline, sentence=_sentence(headline, finding.settings, None if everywhere else shown))
+
+
+def _blocks(layers: Sequence[int]) -> str:
+    """Block numbers, runs of them as ranges.
+
+    >>> _blocks([1, 2, 3, 5])
+    '1–3, 5'
+    """
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def _number(value: float) -> float | None:
@@ -231,7 +255,8 @@ def percent(value: float | None) -> str:
     return f"{'−' if rounded < 0 else ''}{abs(rounded)} %"
 
 
-def _sentence(h: Headline, settings: Settings) -> str:
+def _sentence(h: Headline, settings: Settings, shown: Sequence[int] | None) -> str:
+    """The headline in words; `shown` are the blocks that carry the contrast, None where all do."""
     against = (
         f"relative to {h.n_controls} controls"
         if h.quantity == "specific"
@@ -255,7 +280,8 @@ def _sentence(h: Headline, settings: Settings) -> str:
         return f"Amplified at block {h.layer}: attenuation {size} {against} ({band})."
     if h.decision == "equivalent":
         margin = settings.specific_margin if h.quantity == "specific" else settings.margin
-        return f"No change beyond ±{percent(margin)} {against} at any block; the largest is {size} at block {h.layer} ({band})."
+        where = "" if shown is None else f" that shows the contrast ({_blocks(shown)})"
+        return f"No change beyond ±{percent(margin)} {against} at any block{where}; the largest is {size} at block {h.layer} ({band})."
     if h.decision == "":
         return (
             f"Not decided: at most {h.n_controls} usable controls at any block, at least {FEWEST_CONTROLS} are needed. "

@@ -12,6 +12,7 @@ import pandas as pd
 BLANK = "–"
 FLAGS: dict[str, str] = {
     "base_not_detected": "The base model does not show this contrast beyond noise, so there is nothing that could be lost.",
+    "only_in_aligned": "Only the aligned model shows this contrast here: it was gained, and no ratio can say by how much.",
     "at_chance": "The two models are identical here and the contrast is not detected: 0 by construction.",
     "incompatible": "No ratio of the two strengths fits the data: the interval would be empty.",
     "weak_signal": "The aligned model shows so little that the ratio has a one-sided or wide interval (Fieller form).",

@@ -136,12 +136,12 @@ def test_macro_auroc_is_scikit_learns() -> None:
 def test_bits_of_grades_are_the_information_of_a_normal_channel() -> None:
     """Score = grade + noise: -log2(1 - r^2)/2 bits."""
     rng = np.random.default_rng(0)
-    units = [str(i // 2) for i in range(3000)]
-    grades = rng.standard_normal(3000)
+    units = [str(i // 2) for i in range(1200)]
+    grades = rng.standard_normal(1200)
     for noise, expected in ((0.5, np.log2(5) / 2), (1.0, 0.5), (30.0, 0.0)):
-        x = (grades + noise * rng.standard_normal(3000))[:, None, None]
+        x = (grades + noise * rng.standard_normal(1200))[:, None, None]
         found = grade_entropy(grades) - cross_fitted_grade_losses(x, grades, units, repeats=1).mean()
-        assert abs(found - expected) < 0.04
+        assert abs(found - expected) < 0.08
 
 
 def test_fine_within_coarse_is_a_multinomial_restricted_to_the_coarse_class() -> None:

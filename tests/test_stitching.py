@@ -11,6 +11,7 @@ from conftest import MAKERS, rows, word_tokenizer
 
 from empathy_probes.batches import pad_tokens
 from empathy_probes.concepts import Concept
+from empathy_probes.crossings import Crossing
 from empathy_probes.design import Settings
 from empathy_probes.errors import InputError
 from empathy_probes.expression import measure_coupling
@@ -47,7 +48,7 @@ def whole(model: Model, row: list[int]) -> torch.Tensor:
 def test_a_hybrid_equals_a_transformers_model_whose_blocks_were_spliced(shape: str) -> None:
     pair = two(shape)
     row = [1, 8, 9, 20, 11, 30]
-    plain = [[lambda a, b: a] * 5] * 2
+    plain = [[Crossing()] * 5] * 2
     with torch.inference_mode():
         found = {
             (order, at): model.head(state[0])
