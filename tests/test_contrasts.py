@@ -19,6 +19,7 @@ from empathy_probes.controls import (
 )
 from empathy_probes.decisions import judge, judge_controls
 from empathy_probes.errors import InputError
+from empathy_probes.ledger import encoded_overall
 from empathy_probes.stats import Estimate, binomial_interval
 
 DIMENSIONS = 24
@@ -143,6 +144,22 @@ def test_without_a_base_signal_nothing_is_said():
         assert np.isnan([curve.value, curve.lower, curve.upper]).all()
     assert judged.decision == ("", "") and target.flags[0][0] == "base_not_detected"
     assert np.isnan(judged.p_adjusted).all()
+
+
+@pytest.mark.parametrize(("gained", "said"), [(0.0, "equivalent"), (1.0, "inconclusive")])
+def test_a_block_where_nothing_is_shown_does_not_stand_in_the_way_but_a_contrast_gained_does(
+    gained: float, said: str
+):
+    mu = np.eye(DIMENSIONS)[0]
+    noise = vectors(6, 200, 2, 0.5)
+    base = noise + np.array([0.0, 1.0])[:, None, None] * mu
+    aligned = noise[:, ::-1] + np.array([gained, 1.0])[:, None, None] * mu
+    kernels = np.stack([x @ np.swapaxes(x, -1, -2) for x in (base, aligned)])
+    target = compare("valence", [f"s{i}" for i in range(200)], kernels, (0, 1))
+    judged = judge([target], [], draws=DRAWS)[0]
+    assert judged.decision == ("", "equivalent")
+    assert ("only_in_aligned" in judged.flags[0]) == (gained > 0)
+    assert encoded_overall(judged) == (said, 1)
 
 
 def test_a_negative_aligned_signal_beyond_chance_is_incompatible():
