@@ -125,39 +125,6 @@ def _real_roots(c2: np.ndarray, c1: np.ndarray, c0: np.ndarray) -> list[np.ndarr
         return [np.where(c2 == 0, np.nan, q / c2), np.where(q == 0, 0.0, c0 / q)]
 
 
-def invert_quadratics(
-    numerator: tuple[np.ndarray, np.ndarray, np.ndarray],
-    smooth: tuple[np.ndarray, np.ndarray, np.ndarray],
-    clipped: tuple[np.ndarray, np.ndarray, np.ndarray],
-    floor: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hull of {x >= floor : p(x) <= q(x) + max(r(x), 0)} for quadratics p, q, r (constant, linear, square).
-
-    Exact: the answer can only change at a root of r, of p - q or of p - q - r, so one point between each two
-    neighbouring roots decides. Both ends are NaN where the set is empty.
-    """
-    p, q, r = (np.stack(np.broadcast_arrays(*piece)).astype(float) for piece in (numerator, smooth, clipped))
-    roots = [x for c in (r, p - q, p - q - r) for x in _real_roots(c[2], c[1], c[0])]
-    # A point where nothing changes does no harm, so absent roots may stand anywhere.
-    edges = np.stack([np.where(np.isfinite(x), np.maximum(x, floor), max(floor, 0.0)) for x in roots])
-    edges = np.sort(edges, axis=0)
-    lefts = np.concatenate([np.full_like(edges[:1], floor), edges])
-    rights = np.concatenate([edges, np.full_like(edges[:1], np.inf)])
-    with np.errstate(invalid="ignore"):
-        inside = (lefts + rights) / 2
-    inside[0] = np.where(np.isinf(lefts[0]), edges[0] - 1 - abs(edges[0]), inside[0])
-    inside[-1] = edges[-1] + 1 + abs(edges[-1])
-
-    def holds(x: np.ndarray) -> np.ndarray:
-        value = [c[0] + x * (c[1] + x * c[2]) for c in (p, q, r)]
-        return value[0] <= value[1] + np.maximum(value[2], 0)
-
-    member = holds(inside) & (rights > lefts)
-    lower = np.where(member, lefts, np.inf).min(axis=0)
-    upper = np.where(member, rights, -np.inf).max(axis=0)
-    return np.where(lower > upper, np.nan, lower), np.where(lower > upper, np.nan, upper)
-
-
 def fieller_ratio(
     base: Float[np.ndarray, "..."],
     aligned: Float[np.ndarray, "..."],
@@ -170,14 +137,15 @@ def fieller_ratio(
     """
     c2 = np.asarray(critical, dtype=float) ** 2
     detected = base**2 > c2 * covariance[0, 0]
-    zero = np.zeros_like(np.asarray(base, dtype=float))
-    variance = (c2 * covariance[1, 1], -2 * c2 * covariance[0, 1], c2 * covariance[0, 0])
-    lower, upper = invert_quadratics(
-        (aligned**2, -2 * aligned * base, base**2), variance, (zero, zero, zero), -np.inf
+    # A base that is detected leaves an upright parabola, whose roots are the ends.
+    ends = _real_roots(
+        np.asarray(base**2 - c2 * covariance[0, 0], dtype=float),
+        np.asarray(2 * (c2 * covariance[0, 1] - aligned * base), dtype=float),
+        np.asarray(aligned**2 - c2 * covariance[1, 1], dtype=float),
     )
     ratio = aligned / np.where(detected, base, 1.0)
-    ends = np.fmin(lower, ratio), np.fmax(upper, ratio)
-    return Curve(*(np.where(detected, x, np.nan) for x in (ratio, *ends)))
+    lower, upper = np.fmin(np.fmin(*ends), ratio), np.fmax(np.fmax(*ends), ratio)
+    return Curve(*(np.where(detected, x, np.nan) for x in (ratio, lower, upper)))
 
 
 def ratio_of_means(
