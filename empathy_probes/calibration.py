@@ -102,7 +102,6 @@ PLANTED = (
 
 # Twins about which whole studies are held: of `full_twins`, those of the first target at its first place.
 REHEARSED = ("identical", "rotated", "planted", "erased", "local", "rerouted", "unread", "unsaid")
-REHEARSED_CONTROLS = 8
 
 
 def full_twins(bases: Sequence[str]) -> tuple[Twin, ...]:
@@ -282,7 +281,7 @@ def _rehearsal_part(out: Path, twin: Twin) -> Path:
 
 def _hold(twin: Twin, options: Options, phantoms: str | Path | None) -> Rehearsal:
     pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
-    names = (twin.concept or TARGETS[0], *CONTROLS[:REHEARSED_CONTROLS])
+    names = (twin.concept or TARGETS[0], *CONTROLS)
     (target,), controls = load_phantom_concepts(
         options.rehearsal_population, options.seed + POPULATION_SEED, options.nuisance, options.doubt, names
     )

@@ -215,7 +215,7 @@ def frontier_word(frontier: LayerSet | None) -> str:
         return "nothing to repair"
     if not frontier.members:
         return NOWHERE
-    ends = dict.fromkeys((frontier.lower, frontier.upper))
+    ends = dict.fromkeys((frontier.members[0], frontier.members[-1]))
     return f"at {'-'.join(map(str, ends))}{' or nowhere' * frontier.includes_none}"
 
 
