@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from empathy_probes import __version__
 from empathy_probes.activations import Activations
 from empathy_probes.coding import contrast_codes, label_numbers
 from empathy_probes.concepts import Concept
@@ -22,12 +23,12 @@ from empathy_probes.contrasts import did
 from empathy_probes.decisions import Judgement, judge, judge_controls
 from empathy_probes.design import Design, Settings, describe_design, design_study, neutral_name
 from empathy_probes.errors import InputError
-from empathy_probes.extraction import extract
+from empathy_probes.extraction import extract, request_key
 from empathy_probes.measurements import Measurement, Views, measure_concept
 from empathy_probes.pairs import ModelPair
 from empathy_probes.probes import lexical_scores
 from empathy_probes.rows import COLUMNS, ONSET_COLUMNS, did_rows, lexical_row, measurement_rows
-from empathy_probes.store import Store, load_record, open_store, save_record
+from empathy_probes.store import Store, digest_of, load_record, open_store, save_record
 from empathy_probes.vectors import SteeringVector, check_not_zero, make_vector
 
 if TYPE_CHECKING:
@@ -309,15 +310,32 @@ def measure(design: Design, settings: Settings, store: Store) -> Finding:
                     store,
                     label=label,
                 )
+    # Probes, their nulls and d′ take longer than the forward passes of a small model: every concept's are kept.
     measurements = tuple(
-        measure_concept(
-            concept, template,
-            [acts[concept.name, template, side][component] for side in (0, 1)],
-            [acts[neutral_name(concept), template, side][component] for side in (0, 1)],
-            texts[concept.name], settings.seed, design.pair.identical,
+        store.remember_record(
+            _measurement_key(design, concept, template, component, settings.seed),
+            partial(
+                measure_concept, concept, template,
+                [acts[concept.name, template, side][component] for side in (0, 1)],
+                [acts[neutral_name(concept), template, side][component] for side in (0, 1)],
+                texts[concept.name], settings.seed, design.pair.identical,
+            ),
+            TYPES,
         )
         for template in design.templates
         for component in design.components
         for concept in design.concepts
     )  # fmt: skip
     return Finding(measurements, design.pair.base.n_layers, settings, design.flags, describe_design(design))
+
+
+def _measurement_key(design: Design, concept: Concept, template: str, component: str, seed: int) -> str:
+    """A digest of everything that decides a measurement."""
+    layers = [layer for layer in design.layers if layer >= 0 or component == "resid_post"]
+    read = [
+        request_key(model, design.prompts[name, template][side], component, layers)
+        for name in (concept.name, neutral_name(concept))
+        for side, model in enumerate(design.pair.models)
+    ]
+    described = [concept.name, concept.role, concept.digest, template, component, seed, design.pair.identical]
+    return digest_of(["measurement", __version__, read, described])
