@@ -8,7 +8,7 @@ rest to 0. Its error on texts that it was not fitted on says how far it can be t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -28,6 +28,10 @@ class NeutralMap:
     """Share of held-out neutral variance that the map misses: 0 perfect, 1 no better than the mean."""
     underdetermined: bool
     """Fewer neutral texts than dimensions."""
+
+    def rescaled(self, factors: Float[np.ndarray, "model=2 layer"]) -> NeutralMap:
+        """The same map for states that are this many times as large: a rotation does not change."""
+        return replace(self, centres=self.centres * factors[..., None])
 
     def turn(self, rows: Float[np.ndarray, "n layer d_model"]) -> Float[np.ndarray, "n layer d_model"]:
         """Differences of base states as differences of aligned ones."""

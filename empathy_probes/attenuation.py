@@ -17,6 +17,7 @@ import pandas as pd
 
 from empathy_probes import __version__
 from empathy_probes.activations import Activations
+from empathy_probes.alignment import NeutralMap, fit_map
 from empathy_probes.coding import contrast_codes, label_numbers
 from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import did
@@ -310,22 +311,33 @@ def measure(design: Design, settings: Settings, store: Store) -> Finding:
                     store,
                     label=label,
                 )
+    maps: dict[tuple[str, str, str], NeutralMap] = {}
+
+    def work_out(concept: Concept, template: str, component: str) -> Measurement:
+        own, neutral = (
+            [acts[name, template, side][component] for side in (0, 1)]
+            for name in (concept.name, neutral_name(concept))
+        )
+        place = (neutral_name(concept), template, component)
+        # Concepts read at the same kind of position share their neutral texts, and so the map.
+        if place not in maps:
+            maps[place] = fit_map(*(x.normalised for x in neutral))
+        return measure_concept(
+            concept, template, own, neutral, texts[concept.name], settings.seed, design.pair.identical,
+            carried=maps[place],
+        )  # fmt: skip
+
     # Probes, their nulls and d′ take longer than the forward passes of a small model: every concept's are kept.
     measurements = tuple(
         store.remember_record(
             _measurement_key(design, concept, template, component, settings.seed),
-            partial(
-                measure_concept, concept, template,
-                [acts[concept.name, template, side][component] for side in (0, 1)],
-                [acts[neutral_name(concept), template, side][component] for side in (0, 1)],
-                texts[concept.name], settings.seed, design.pair.identical,
-            ),
+            partial(work_out, concept, template, component),
             TYPES,
         )
         for template in design.templates
         for component in design.components
         for concept in design.concepts
-    )  # fmt: skip
+    )
     return Finding(measurements, design.pair.base.n_layers, settings, design.flags, describe_design(design))
 
 

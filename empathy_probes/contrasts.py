@@ -154,6 +154,8 @@ def compare(
         ends = [np.where(form == "blank", np.nan, np.log(x)) for x in (low, high)]
     usable = pair.identical | strong
     influence = np.where(usable[:, None], ratio.influence, np.where(weak[:, None], local[1], 0.0))
+    difference = strength_difference(pair, base, aligned)
+    undetected = ~pair.identical & ~strong & ~detected
     return Contrast(
         name=name,
         keys=tuple(keys),
@@ -161,7 +163,7 @@ def compare(
         pair=pair,
         base=base,
         aligned=aligned,
-        difference=strength_difference(pair, base, aligned),
+        difference=difference,
         attenuation=attenuation_curve(point, ends[0], ends[1]),
         theta=point,
         se=np.where(usable, ratio.se, np.where(weak, local[0], np.nan)),
@@ -169,8 +171,8 @@ def compare(
         form=tuple(str(x) for x in form),
         flags=flag_layers(
             {
-                "base_not_detected": ~pair.identical & ~strong & ~detected,
-                "only_in_aligned": ~pair.identical & ~strong & ~detected & (aligned.lower > 0),
+                "base_not_detected": undetected,
+                "only_in_aligned": undetected & (difference.lower > 0),
                 "at_chance": pair.identical & ~detected,
                 "incompatible": incompatible,
                 "weak_signal": weak,

@@ -185,12 +185,14 @@ def _headline(finding: Finding, m: Measurement, j: Judgement) -> Headline:
     decision, at = encoded_overall(j)
     blank = at is None
     index = 0 if at is None else at
-    flags = {
-        flag
-        for i, layer in enumerate(m.layers)
-        if layer >= 0
-        for flag in (j.flags[i] if blank or i == at else ())
-    }
+    of_blocks = [i for i, layer in enumerate(m.layers) if layer >= 0]
+    flags = {flag for i in of_blocks if blank or i == at for flag in j.flags[i]}
+    if (
+        blank
+        and "base_not_detected" in flags
+        and not all("base_not_detected" in j.flags[i] for i in of_blocks)
+    ):
+        flags = flags - {"base_not_detected"} | {"open_band"}
     flags |= {f for f in finding.flags}
     headline = Headline(
         concept=m.concept,
@@ -267,7 +269,12 @@ def _sentence(h: Headline, settings: Settings, shown: Sequence[int] | None) -> s
     if h.layer is None:
         if "base_not_detected" in h.flags:
             return f"Nothing can be said: the base does not carry this contrast beyond noise at any block (n = {h.n_scenarios})."
-        return f"Nothing can be said: no block has a usable comparison (n = {h.n_scenarios})."
+        return (
+            "Nothing can be said: the base carries this contrast at some blocks, but too weakly for a band over all layers and "
+            f"targets (n = {h.n_scenarios})."
+            if "open_band" in h.flags
+            else f"Nothing can be said: no block has a usable comparison (n = {h.n_scenarios})."
+        )
     if h.decision == "attenuated":
         where = f"Attenuated by block {h.onset_upper}" if h.onset_upper is not None else "Attenuated"
         if h.onset_lower is not None and h.onset_lower != h.onset_upper:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
 from empathy_probes.activations import Activations
-from empathy_probes.alignment import fit_map
+from empathy_probes.alignment import NeutralMap, fit_map
 from empathy_probes.coding import (
     categories,
     coarse_numbers,
@@ -185,6 +185,7 @@ def measure_concept(
     seed: int,
     same_model: bool,
     null_draws: int = DRAWS,
+    carried: NeutralMap | None = None,
 ) -> Measurement:
     """Reduce a concept's activations in both models, and those of the neutral texts, to a measurement.
 
@@ -197,6 +198,7 @@ def measure_concept(
         seed: of folds and draws.
         same_model: both models have equal weights.
         null_draws: shuffles and random directions.
+        carried: the map that the neutral texts give in units of their own rms, where it is known already.
     """
     stimuli = concept.stimuli
     labels, units = label_numbers(stimuli), [item.unit for item in stimuli.items]
@@ -237,6 +239,9 @@ def measure_concept(
             norms,
             shares,
             neutral_states(neutral, acts),
+            (carried or fit_map(*(x.normalised for x in neutral))).rescaled(
+                np.stack([x.rms / a.rms for x, a in zip(neutral, acts, strict=True)])
+            ),
             stimuli,
             scores,
             seed,
@@ -275,6 +280,7 @@ def _views(
     norms: Sequence[np.ndarray],
     shares: np.ndarray,
     neutral: Sequence[np.ndarray],
+    carried: NeutralMap,
     stimuli: StimulusSet,
     scores: np.ndarray,
     seed: int,
@@ -285,7 +291,6 @@ def _views(
     codes = contrast_codes(stimuli.kind, labels)
     coarse = coarse_numbers(categories(stimuli), labels)
     folds = grouped_folds(units, N_FOLDS, seed)
-    carried = fit_map(*neutral)
     plain = transfer(normalised[0], normalised[1], codes, folds)
     turned = [differences[0], np.stack([carried.turn(contrast) for contrast in differences[0]])]
     cross = [

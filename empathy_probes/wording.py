@@ -12,6 +12,7 @@ import pandas as pd
 BLANK = "–"
 FLAGS: dict[str, str] = {
     "base_not_detected": "The base model does not show this contrast beyond noise, so there is nothing that could be lost.",
+    "open_band": "The base shows this contrast, but too weakly for a band that holds for all layers and targets together; the intervals of single layers are in the tables.",
     "only_in_aligned": "Only the aligned model shows this contrast here: it was gained, and no ratio can say by how much.",
     "at_chance": "The two models are identical here and the contrast is not detected: 0 by construction.",
     "incompatible": "No ratio of the two strengths fits the data: the interval would be empty.",
@@ -60,7 +61,7 @@ TEMPLATES = {
     "own": "each model's own template",
 }  # fmt: skip
 RANKS = {"attenuated": 0, "amplified": 1, "inconclusive": 2, "": 3, "equivalent": 4}
-BLOCKING = ("base_not_detected", "incompatible", "few_controls", "no_controls", "at_chance")
+BLOCKING = ("base_not_detected", "open_band", "incompatible", "few_controls", "no_controls", "at_chance")
 """Flags that keep a concept from being decided, the deepest reason first."""
 TITLES = {"": "not decided"}
 

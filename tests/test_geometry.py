@@ -95,6 +95,17 @@ def test_the_map_is_scipys_and_with_few_texts_lives_on_their_span() -> None:
     np.testing.assert_allclose(few.forward(x[:6]), x[:6] @ turn(), atol=1e-8)
 
 
+def test_a_map_of_states_of_another_size_is_the_same_map_rescaled() -> None:
+    rng = np.random.default_rng(7)
+    x, y = rng.standard_normal((2, 80, 2, 12)) + 1
+    sizes = np.array([[2.0, 0.5], [3.0, 0.25]])
+    ours = fit_map(x, y).rescaled(sizes)
+    theirs = fit_map(x * sizes[0][:, None], y * sizes[1][:, None])
+    np.testing.assert_allclose(
+        ours.forward(x * sizes[0][:, None]), theirs.forward(x * sizes[0][:, None]), atol=1e-9
+    )
+
+
 def test_a_rotated_model_defies_the_base_probe_until_the_map() -> None:
     rng = np.random.default_rng(0)
     labels = np.tile([1, 0], 60)
