@@ -396,7 +396,6 @@ def _list_concepts(args: argparse.Namespace) -> int:
         {
             "name": concept.name, "role": concept.role, "mechanism": concept.mechanism, "dimension": concept.dimension,
             "speaker": concept.speaker, "n_scenarios": concept.stimuli.n_scenarios, "digest": concept.digest,
-            "variant_of": concept.variant_of,
         }
         for concept in map(load_concept, list_concepts())
     ]  # fmt: skip

@@ -185,8 +185,8 @@ def test_store_info_and_clear(models: Path, files: Path, capsys: Any) -> None:
     capsys.readouterr()
     assert cli.main(["store", "--json"]) == 0
     assert (
-        json.loads(capsys.readouterr().out)["entries"] == 4
-    )  # the concept and the neutral texts, in two models
+        json.loads(capsys.readouterr().out)["entries"] == 5
+    )  # the concept and the neutral texts in two models, and the measurement
     assert cli.main(["store", "clear"]) == 0
     cli.main(["store", "info", "--json"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["entries"] == 0
