@@ -237,15 +237,13 @@ def rehearsal_rows(
         layer: where it was planted.
         words: from `speak`, of all pairs of the cell.
     """
-    rows = [
-        proportion_row(
-            *cell, f"says_{question}", np.array([said == right for said in words[question]]), RIGHT
-        )
+    asked: list[tuple[str, Sequence[str], str, Target | None]] = [
+        (f"says_{question}", words[question], right, RIGHT)
         for question, right in expected_words(cell[0].split()[0], layer).items()
     ]
-    given = words["verdict"]
-    rows += [
-        proportion_row(*cell, f"verdict_{word}", np.array([said == word for said in given]), None)
-        for word in sorted(set(given))
+    asked += [(f"verdict_{word}", words["verdict"], word, None) for word in sorted(set(words["verdict"]))]
+    rows = [
+        proportion_row(*cell, metric, np.array([word == right for word in given], dtype=float), target)
+        for metric, given, right, target in asked
     ]
     return tuple(rows)
