@@ -199,11 +199,11 @@ def test_an_interrupted_run_goes_on_and_another_one_is_refused(
     out = tmp_path / "card"
     real, made = calibration.population, []
 
-    def counted(twin: Twin, *rest: object) -> Population:
+    def counted(twin: Twin, *rest: object, **options: object) -> Population:
         if len(made) == 1 and not interrupted:
             raise KeyboardInterrupt
         made.append(twin.family)
-        return real(twin, *rest)  # type: ignore[arg-type]
+        return real(twin, *rest, **options)  # type: ignore[arg-type]
 
     interrupted: list[bool] = []
     monkeypatch.setattr(calibration, "population", counted)
