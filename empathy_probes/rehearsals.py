@@ -52,7 +52,11 @@ def expected_words(family: str, layer: int | None) -> dict[str, str]:
         "rescaled": {**kept, "verdict": "preserved"},
         "rotated": {**kept, "verdict": "rotated"},
         "planted": {**lost, **repaired},
-        "erased": {**lost, **repaired},
+        # Nothing is moved out of a model that has no direction of the concept left.
+        "erased": {
+            **lost,
+            **{question: word for question, word in repaired.items() if "base_into" in question},
+        },
         "unread": {**unused, "use": f"lost at {layer}", "verdict": "encoded_unread"},
         "unsaid": {**unused, "use": "lost at head", "verdict": "used_unsaid"},
     }.get(family, {})
