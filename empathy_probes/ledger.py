@@ -222,11 +222,11 @@ def _headline(finding: Finding, m: Measurement, j: Judgement) -> Headline:
     return replace(headline, sentence=_sentence(headline, finding.settings, None if everywhere else shown))
 
 
-def _blocks(layers: Sequence[int]) -> str:
-    """Block numbers, runs of them as ranges.
+def runs_of(layers: Sequence[int]) -> list[list[int]]:
+    """Ascending layers cut into runs of neighbours.
 
-    >>> _blocks([1, 2, 3, 5])
-    '1–3, 5'
+    >>> runs_of([1, 2, 3, 5])
+    [[1, 2, 3], [5]]
     """
     runs: list[list[int]] = []
     for layer in layers:
@@ -234,7 +234,7 @@ def _blocks(layers: Sequence[int]) -> str:
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+    return runs
 
 
 def _number(value: float) -> float | None:
@@ -287,7 +287,9 @@ def _sentence(h: Headline, settings: Settings, shown: Sequence[int] | None) -> s
         return f"Amplified at block {h.layer}: attenuation {size} {against} ({band})."
     if h.decision == "equivalent":
         margin = settings.specific_margin if h.quantity == "specific" else settings.margin
-        where = "" if shown is None else f" that shows the contrast ({_blocks(shown)})"
+        runs = [] if shown is None else runs_of(shown)
+        named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+        where = f" that shows the contrast ({named})" if named else ""
         return f"No change beyond ±{percent(margin)} {against} at any block{where}; the largest is {size} at block {h.layer} ({band})."
     if h.decision == "":
         return (

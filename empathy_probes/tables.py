@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from empathy_probes.ledger import runs_of
 from empathy_probes.wording import BLANK, explain, interval, layer_name, missing, number, split_flags
 
 COUNTS = {
@@ -190,12 +191,6 @@ def flag_list(frame: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 def _layers(found: set[int]) -> str:
     """Layers as ranges: `at −1 to 2, 5`."""
-    runs: list[list[int]] = []
-    for layer in sorted(found):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    names = [[number(v, 0) if v >= 0 else "emb" for v in run] for run in runs]
-    parts = [a if a == b else f"{a} to {b}" for a, b in names]
+    names = [[number(v, 0) if v >= 0 else "emb" for v in run] for run in runs_of(sorted(found))]
+    parts = [run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in names]
     return f" at layer {', '.join(parts)}" if parts else ""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from empathy_probes.calibration import Options, Twin, _rehearsed
 from empathy_probes.contrasts import LayerSet
 from empathy_probes.errors import InputError
 from empathy_probes.grammar import CONTROLS, neutral_texts
@@ -68,3 +72,15 @@ def test_rows_say_how_often_each_question_was_answered_rightly_and_what_the_verd
 )
 def test_a_frontier_in_a_word(frontier: LayerSet | None, word: str) -> None:
     assert frontier_word(frontier) == word
+
+
+def test_rates_of_a_cell_pool_its_bases(tmp_path: Path) -> None:
+    twins = tuple(Twin(base, "unsaid", "valence") for base in ("llama-0", "llama-1"))
+    right = expected_words("unsaid", None)
+    (tmp_path / "parts").mkdir()
+    for twin, use in zip(twins, ("lost at head", "kept"), strict=True):
+        words = {question: [word] * 10 for question, word in {**right, "use": use}.items()}
+        (tmp_path / "parts" / f"{twin.key}_rehearsal.json").write_text(json.dumps({"40": words}))
+    rows = {row.metric: row for row in _rehearsed(Options(twins, rehearsal_redraws=10), tmp_path)}
+    assert rows["says_use"].value == 0.5 and rows["says_express"].value == 1 and rows["says_use"].n == 40
+    assert _rehearsed(Options(twins), tmp_path) == []
