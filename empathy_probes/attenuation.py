@@ -28,16 +28,17 @@ from empathy_probes.extraction import extract, request_key
 from empathy_probes.measurements import Measurement, Views, measure_concept
 from empathy_probes.pairs import ModelPair
 from empathy_probes.probes import lexical_scores
+from empathy_probes.results import Result
 from empathy_probes.rows import COLUMNS, ONSET_COLUMNS, did_rows, lexical_row, measurement_rows
-from empathy_probes.store import Store, digest_of, load_record, open_store, save_record
+from empathy_probes.store import Store, digest_of, load_record, open_store
 from empathy_probes.vectors import SteeringVector, check_not_zero, make_vector
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Result):
     """Attenuation of every concept at every layer, under every template and at every site measured."""
 
     measurements: tuple[Measurement, ...]
@@ -206,21 +207,6 @@ class Finding:
         layers = [name for name in ONSET_COLUMNS if name.split("_")[0] in ("onset", "peak", "loss")]
         frame[layers] = frame[layers].astype("Int64")
         return frame
-
-    def save(self, path: str | Path) -> None:
-        """Save as one safetensors file with a JSON header."""
-        save_record(self, path)
-
-    def plot(self) -> Figure:
-        """Attenuation by layer."""
-        from empathy_probes import plots
-
-        return plots.plot(self)
-
-    def _repr_html_(self) -> str:
-        from empathy_probes import report
-
-        return report.result_html(self)
 
 
 MODELS = ("base", "aligned")

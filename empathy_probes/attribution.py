@@ -43,6 +43,7 @@ from empathy_probes.models import Model
 from empathy_probes.pairs import ModelPair
 from empathy_probes.probes import N_FOLDS
 from empathy_probes.prompts import RenderedPrompt
+from empathy_probes.results import Result
 from empathy_probes.sites import HEADS, Site
 from empathy_probes.stats import (
     Curve,
@@ -54,10 +55,10 @@ from empathy_probes.stats import (
     unit_signs,
 )
 from empathy_probes.stimuli import StimulusSet
-from empathy_probes.store import Store, load_record, open_store, save_record
+from empathy_probes.store import Store, load_record, open_store
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 ATTRIBUTION_COLUMNS = [
     "concept", "template", "model", "component", "layer", "head", "write", "write_lower", "write_upper", "flags",
@@ -126,7 +127,7 @@ class AttributedConcept:
 
 
 @dataclass(frozen=True)
-class Attribution:
+class Attribution(Result):
     """Who writes each concept, in base and aligned model."""
 
     concepts: tuple[AttributedConcept, ...]
@@ -252,21 +253,6 @@ class Attribution:
         frame.attrs["n_scenarios"] = {c.concept: len(c.units) for c in self.concepts}
         frame.attrs["n_layers"] = self.n_layers
         return frame
-
-    def save(self, path: str | Path) -> None:
-        """Save as one safetensors file with a JSON header."""
-        save_record(self, path)
-
-    def plot(self) -> Figure:
-        """What attention and MLPs of each block write of the first concept."""
-        from empathy_probes import plots
-
-        return plots.plot(self)
-
-    def _repr_html_(self) -> str:
-        from empathy_probes import report
-
-        return report.result_html(self)
 
 
 TYPES = {cls.__name__: cls for cls in (Attribution, AttributedConcept, LogitLens, Settings)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,11 +22,12 @@ from empathy_probes.decisions import Judgement, judge, judge_controls
 from empathy_probes.design import Design, Settings, describe_design, design_study
 from empathy_probes.pairs import ModelPair
 from empathy_probes.readouts import ask_design, read_out, readable, scenario_coupling
+from empathy_probes.results import Result
 from empathy_probes.stats import Curve, critical_t, fieller_ratio, mean_interval
-from empathy_probes.store import Store, digest_of, open_store, save_record
+from empathy_probes.store import Store, digest_of, open_store
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 COUPLING_COLUMNS = [
     "concept", "role", "template", "n_scenarios",
@@ -85,7 +85,7 @@ class CoupledConcept:
 
 
 @dataclass(frozen=True)
-class Coupling:
+class Coupling(Result):
     """Coupling of every concept that has a readout, under every template."""
 
     concepts: tuple[CoupledConcept, ...]
@@ -149,21 +149,6 @@ class Coupling:
             flags = [*j.flags[0], *(["sign_reversed"] if _reversed(c) else [])]
             rows.append(row | {"decision": self.decision(c), "flags": ";".join(dict.fromkeys(flags))})
         return pd.DataFrame(rows, columns=COUPLING_COLUMNS)
-
-    def save(self, path: str | Path) -> None:
-        """Save as one safetensors file with a JSON header."""
-        save_record(self, path)
-
-    def plot(self) -> Figure:
-        """Coupling of every concept in both models."""
-        from empathy_probes import plots
-
-        return plots.plot(self)
-
-    def _repr_html_(self) -> str:
-        from empathy_probes import report
-
-        return report.result_html(self)
 
 
 def _reversed(c: CoupledConcept) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +16,11 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from empathy_probes.design import Settings
+from empathy_probes.results import Result
 from empathy_probes.stats import LEVEL, Curve, critical_t, fieller_ratio, mean_interval
-from empathy_probes.store import save_record
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 GAIN_COLUMNS = [
     "concept", "template", "site", "layer", "model", "dose", "readout", "readout_lower", "readout_upper", "slope", "slope_lower",
@@ -61,7 +60,7 @@ class SteeredConcept:
 
 
 @dataclass(frozen=True)
-class Gain:
+class Gain(Result):
     """What doses of concepts do to the answer, in both models."""
 
     concepts: tuple[SteeredConcept, ...]
@@ -289,21 +288,6 @@ class Gain:
                 }
                 rows.append(row)
         return pd.DataFrame(rows)
-
-    def save(self, path: str | Path) -> None:
-        """Save as one safetensors file with a JSON header."""
-        save_record(self, path)
-
-    def plot(self) -> Figure:
-        """Readout against dose of the first target in both models, and what it costs."""
-        from empathy_probes import plots
-
-        return plots.plot(self)
-
-    def _repr_html_(self) -> str:
-        from empathy_probes import report
-
-        return report.result_html(self)
 
 
 TYPES = {cls.__name__: cls for cls in (Gain, SteeredConcept, Settings)}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,11 +26,11 @@ from empathy_probes.errors import InputError
 from empathy_probes.interventions import Edit
 from empathy_probes.models import Model
 from empathy_probes.readouts import look_up
+from empathy_probes.results import Result
 from empathy_probes.roles import ALL
 from empathy_probes.sites import Site
 from empathy_probes.stats import Curve, Estimate, ratio_of_means
 from empathy_probes.stimuli import ReadoutSpec
-from empathy_probes.store import save_record
 from empathy_probes.sweeps import (
     Cell,
     Place,
@@ -46,7 +45,7 @@ from empathy_probes.sweeps import (
 from empathy_probes.textpairs import TextPairs, as_concepts, prepare_pairs, unit_means
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 ESTIMATE_COLUMNS = [
     "concept", "template", "model", "direction", "site", "layer", "head", "position", "estimated", "estimated_lower", "estimated_upper",
@@ -167,7 +166,7 @@ class EstimatedConcept:
 
 
 @dataclass(frozen=True)
-class EstimatedPatching:
+class EstimatedPatching(Result):
     """Patching of every place estimated from gradients, with its check."""
 
     concepts: tuple[EstimatedConcept, ...]
@@ -204,21 +203,6 @@ class EstimatedPatching:
             c.concept: len(c.per_unit(c.clean)) for c in self.concepts
         }  # for the figure
         return frame
-
-    def save(self, path: str | Path) -> None:
-        """Save as one safetensors file with a JSON header."""
-        save_record(self, path)
-
-    def plot(self) -> Figure:
-        """Estimated against exact where it was checked."""
-        from empathy_probes import plots
-
-        return plots.plot(self)
-
-    def _repr_html_(self) -> str:
-        from empathy_probes import report
-
-        return report.result_html(self)
 
 
 def attribution_patch(

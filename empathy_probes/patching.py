@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +27,10 @@ from empathy_probes.errors import InputError
 from empathy_probes.models import Model
 from empathy_probes.prompts import Style
 from empathy_probes.readouts import ask_design, readable
+from empathy_probes.results import Result
 from empathy_probes.sites import Site
 from empathy_probes.stats import Curve, ratio_of_means
 from empathy_probes.stimuli import ReadoutSpec
-from empathy_probes.store import save_record
 from empathy_probes.sweeps import (
     DIRECTIONS,
     Place,
@@ -44,7 +43,7 @@ from empathy_probes.sweeps import (
 from empathy_probes.textpairs import TextPairs, around, as_concepts, pair_texts, prepare_pairs, unit_means
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 PATCHING_COLUMNS = [
     "concept", "template", "model", "direction", "site", "layer", "head", "position", "recovered", "recovered_lower", "recovered_upper",
@@ -110,7 +109,7 @@ class PatchedConcept:
 
 
 @dataclass(frozen=True)
-class Patching:
+class Patching(Result):
     """What activations of one text do in another's run."""
 
     concepts: tuple[PatchedConcept, ...]
@@ -142,21 +141,6 @@ class Patching:
         frame = pd.DataFrame(rows, columns=PATCHING_COLUMNS).astype({"head": "Int64"})
         frame.attrs["n_scenarios"] = {c.concept: len(c.units) for c in self.concepts}  # for the figure
         return frame
-
-    def save(self, path: str | Path) -> None:
-        """Save as one safetensors file with a JSON header."""
-        save_record(self, path)
-
-    def plot(self) -> Figure:
-        """Share recovered over layers, one panel per direction."""
-        from empathy_probes import plots
-
-        return plots.plot(self)
-
-    def _repr_html_(self) -> str:
-        from empathy_probes import report
-
-        return report.result_html(self)
 
 
 def patch(

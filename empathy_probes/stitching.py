@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,13 +42,14 @@ from empathy_probes.readouts import (
     token_batches,
     token_losses,
 )
+from empathy_probes.results import Result
 from empathy_probes.sites import Site
 from empathy_probes.stats import Curve, largest_quantile, mean_interval, studentised_sums, unit_signs
-from empathy_probes.store import Store, digest_of, open_store, save_record
+from empathy_probes.store import Store, digest_of, open_store
 from empathy_probes.sweeps import check_continuable
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 ORDERS = ("aligned_then_base", "base_then_aligned")
 STITCHING_COLUMNS = [
@@ -93,7 +93,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Stitching:
+class Stitching(Result):
     """Where between two models coupling changes."""
 
     concepts: tuple[StitchedConcept, ...]
@@ -217,21 +217,6 @@ class Stitching:
         frame = pd.DataFrame(rows, columns=STITCHING_COLUMNS)
         frame.attrs["n_scenarios"] = {c.concept: len(c.units) for c in self.concepts}
         return frame
-
-    def save(self, path: str | Path) -> None:
-        """Save as one safetensors file with a JSON header."""
-        save_record(self, path)
-
-    def plot(self) -> Figure:
-        """Both curves of the first target, and the shares of its blocks."""
-        from empathy_probes import plots
-
-        return plots.plot(self)
-
-    def _repr_html_(self) -> str:
-        from empathy_probes import report
-
-        return report.result_html(self)
 
 
 def _cells(name: str, curve: Curve, order: int, row: int) -> dict[str, float]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +46,7 @@ from empathy_probes.readouts import (
     readable,
     scenario_coupling,
 )
+from empathy_probes.results import Result
 from empathy_probes.sites import Site
 from empathy_probes.stats import (
     Curve,
@@ -59,11 +59,10 @@ from empathy_probes.stats import (
     unit_signs,
 )
 from empathy_probes.stimuli import StimulusSet
-from empathy_probes.store import save_record
 from empathy_probes.sweeps import STATE_BYTES, Continuation, check_continuable, continue_edited
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 ORDERS = ("base_into_aligned", "aligned_into_base")
 POSITIONS = ("read", "all")
@@ -135,7 +134,7 @@ class TransplantedConcept:
 
 
 @dataclass(frozen=True)
-class Transplants:
+class Transplants(Result):
     """What one model's component of a concept does in the other's run."""
 
     concepts: tuple[TransplantedConcept, ...]
@@ -233,21 +232,6 @@ class Transplants:
                     )  # fmt: skip
         frame = pd.DataFrame(rows, columns=FRONTIER_COLUMNS)
         return frame.astype({"frontier_lower": "Int64", "frontier_upper": "Int64"})
-
-    def save(self, path: str | Path) -> None:
-        """Save as one safetensors file with a JSON header."""
-        save_record(self, path)
-
-    def plot(self) -> Figure:
-        """Share repaired over layers, both ways, with its controls."""
-        from empathy_probes import plots
-
-        return plots.plot(self)
-
-    def _repr_html_(self) -> str:
-        from empathy_probes import report
-
-        return report.result_html(self)
 
 
 def _cells(name: str, curve: Curve, at: tuple[int, ...]) -> dict[str, float]:

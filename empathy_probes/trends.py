@@ -41,12 +41,13 @@ from empathy_probes.measurements import unit_norms, unit_shares
 from empathy_probes.models import Model, load_model
 from empathy_probes.pairs import make_pair
 from empathy_probes.prompts import render
+from empathy_probes.results import Result
 from empathy_probes.stats import Curve
 from empathy_probes.stimuli import StimulusSet
-from empathy_probes.store import Store, load_record, open_store, save_record
+from empathy_probes.store import Store, load_record, open_store
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 _Judged = dict[tuple[str, str], list[dict[str, Judgement]]]
 """Per template and site, per comparison of one kind, what can be said of each concept."""
@@ -112,7 +113,7 @@ def trend_weights(n_stages: int) -> tuple[dict[int, float], dict[int, float]]:
 
 
 @dataclass(frozen=True)
-class LineageTrend:
+class LineageTrend(Result):
     """Attenuation of every concept at every stage of a lineage, and its trend."""
 
     concepts: tuple[TracedConcept, ...]
@@ -243,21 +244,6 @@ class LineageTrend:
                 "band_lower": j.band.lower[i], "band_upper": j.band.upper[i], "p_adjusted": j.p_adjusted[i],
                 "decision": j.decision[i], "shape": shape[i], "flags": ";".join(dict.fromkeys((*j.flags[i], *self.flags))),
             }  # fmt: skip
-
-    def save(self, path: str | Path) -> None:
-        """Save as one safetensors file with a JSON header."""
-        save_record(self, path)
-
-    def plot(self) -> Figure:
-        """Attenuation of the first target at every stage, and its trend."""
-        from empathy_probes import plots
-
-        return plots.plot(self)
-
-    def _repr_html_(self) -> str:
-        from empathy_probes import report
-
-        return report.result_html(self)
 
 
 TYPES = {cls.__name__: cls for cls in (LineageTrend, TracedConcept, Settings)}

@@ -19,7 +19,7 @@ FLOORS = (
     {"stats", "sites", "interventions", "store", "batches", "roles", "lineages", "pairing", "corpus_files"},
     {"goemotions"},
     {"public_data"},
-    {"kernels", "stimuli", "activations", "grammar"},
+    {"kernels", "stimuli", "activations", "grammar", "results"},
     {"prompts", "probes", "coding", "concepts", "contrasts", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls", "audit"},
     {"pairs", "extraction", "decisions", "measurements", "lens", "vectors", "audit_tables"},
@@ -62,19 +62,8 @@ FLOORS = (
     {"scorepage"},
     {"cli"},
 )
-# One-line methods of results that show themselves.
-QUESTIONS = (
-    "attenuation",
-    "attribution",
-    "expression",
-    "gains",
-    "gradients",
-    "patching",
-    "stitching",
-    "transplants",
-    "trends",
-)
-LATE = {("scorecard", "scorepage"), *((q, view) for q in QUESTIONS for view in ("plots", "report"))}
+# Results show themselves: figures and pages are above whatever is measured.
+LATE = {("scorecard", "scorepage"), ("results", "plots"), ("results", "report")}
 
 
 def floor_of(module: str) -> int:

@@ -12,7 +12,7 @@ Prints seconds of the process's own CPU time (medians of alternating rounds; on 
 on an idle machine, and other programs do not change it), ratios with their range and that of the wall clock, and how far
 the two results are apart.
 
-    python scripts/benchmarks/patching.py [--repeats 3] [--tokens 12] [--prompt 32] [--pairs 4]
+    python scripts/benchmarks/patching.py [--repeats 3] [--tokens 12] [--prompt 32] [--pairs 2]
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=12, help="of a prompt in the layer × position sweep")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt in the sweep over layers")
-    parser.add_argument("--pairs", type=int, default=4, help="in the larger of two batches")
+    parser.add_argument("--pairs", type=int, default=2, help="in the larger of two batches")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
