@@ -450,8 +450,9 @@ def _lineages(args: argparse.Namespace) -> int:
         print(json.dumps(rows))
         return 0
     for x in found:
-        chain = " → ".join(stage.model for stage in x.stages)
-        print(f"{x.name:<18} {x.role:<8} {chain}")
+        print(f"{x.name} ({x.family}, {x.role})")
+        for stage in x.stages:
+            print(f"  {stage.name:<10} {stage.model}")
     return 0
 
 

@@ -46,7 +46,7 @@ def list_lineages() -> tuple[str, ...]:
 def load_lineage(name: str) -> Lineage:
     """A known lineage by its name; no model is loaded.
 
-    >>> [stage.name for stage in load_lineage("olmo2-1b").stages]
+    >>> [stage.name for stage in load_lineage("olmo2-7b").stages]
     ['base', 'sft', 'dpo', 'final']
 
     Raises:

@@ -49,7 +49,9 @@ def test_a_lineage_names_checkpoints_in_order(name: str) -> None:
     assert lineage.role in ("aligned", "null") and lineage.family
     models = [stage.model for stage in lineage.stages]
     assert len(models) >= 2 and len(set(models)) == len(models)
-    assert all(re.fullmatch(r"[\w-]+/[\w.-]+(@step\d+)?", model) for model in models)
+    assert all(
+        re.fullmatch(r"[\w-]+/[\w.-]+(@(step\d+|[0-9a-f]{40}|it-mid-training))?", model) for model in models
+    )
     if lineage.role == "aligned":
         assert lineage.stages[0].name == "base"
     else:  # the same checkpoint a little later, by revision
@@ -71,7 +73,9 @@ def test_an_unknown_lineage_is_one_sentence() -> None:
 
 def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lineages"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(list_lineages())
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[0] for line in shown if line[0] != " "] == list(list_lineages())
+    assert shown[1].split() == ["base", load_lineage("olmo2-1b").stages[0].model]
     assert main(["lineages", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in listed] == list(list_lineages())
