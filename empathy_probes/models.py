@@ -1,4 +1,4 @@
-"""Load a checkpoint and run it: the only file that knows TransformerLens, transformers, and hooks.
+"""Load a checkpoint and run it: the only file that knows TransformerLens and hooks.
 
 Both models of a pair are loaded the same way, with raw weights, so that their residual streams keep their
 basis. `Model.run` reads and writes activations at sites, stops after the last layer that is needed, and
@@ -16,7 +16,6 @@ import copy as copying
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,33 +24,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 
 from empathy_probes.batches import Pool, TokenBatch, pack_tokens, pad_tokens, row_positions
+from empathy_probes.checkpoints import DTYPES, first_line, load_pretrained, load_tokenizer, with_adapter
 from empathy_probes.errors import EmpathyProbesError, InputError
 from empathy_probes.interventions import Edit
 from empathy_probes.prompts import Style, render_messages, render_texts
 from empathy_probes.sites import HEADS, Site
 
 logger = logging.getLogger(__name__)
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
-# What transformers, peft and safetensors raise on a checkpoint that is not whole or does not fit its config.
-_UNLOADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    ImportError,
-    RuntimeError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-)
 # Of states times directions that `head_slopes` holds at once.
 SLOPE_NUMBERS = 1 << 22
 # Config entries that name or describe a checkpoint without changing what it computes.
@@ -760,11 +742,11 @@ def load_model(
         path, _, tagged = str(source).partition("@") if not Path(source).exists() else (str(source), "", "")
         revision = revision or tagged or None
         label = name or str(source)
-        hf_model, tokenizer = _from_pretrained(path, revision, dtype, trust_remote_code)
+        hf_model, tokenizer = load_pretrained(path, revision, dtype, trust_remote_code)
     if adapter is not None:
-        hf_model = _with_adapter(hf_model, adapter)
+        hf_model = with_adapter(hf_model, adapter)
         if (Path(adapter) / "tokenizer_config.json").is_file():  # a chat adapter brings its own chat template
-            tokenizer = _tokenizer(str(adapter), None, trust_remote_code)
+            tokenizer = load_tokenizer(str(adapter), None, trust_remote_code)
         label = name or f"{label}+{Path(adapter).name}"
     if dtype is not None:
         hf_model = hf_model.to(DTYPES[dtype])
@@ -782,43 +764,6 @@ def load_model(
     return model
 
 
-def open_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
-    """Read a checkpoint as data: its configuration, its tensors in float32 (a tied head included), its tokenizer.
-
-    Args:
-        source: a hub id, `ID@REVISION` or a folder.
-
-    Raises:
-        InputError: nothing loadable is there.
-    """
-    path, _, revision = str(source).partition("@") if not Path(source).exists() else (str(source), "", "")
-    hf_model, tokenizer = _from_pretrained(path, revision or None, "float32", False)
-    tensors = {name: tensor.detach().clone() for name, tensor in hf_model.state_dict().items()}
-    return hf_model.config.to_dict(), tensors, tokenizer
-
-
-def build_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """A Hugging Face model with this configuration and exactly these tensors.
-
-    Raises:
-        ValueError: a tensor is missing or has another shape.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    plain = {key: value for key, value in config.items() if key not in {"model_type", "dtype", "torch_dtype"}}
-    hf_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(str(config["model_type"]), **plain))
-    report = hf_model.load_state_dict(dict(tensors), strict=False)
-    if report.missing_keys or report.unexpected_keys:
-        raise ValueError(f"tensors missing {report.missing_keys}, unknown {report.unexpected_keys}")
-    return hf_model.float().eval()
-
-
-def save_checkpoint(hf_model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Write an ordinary checkpoint folder: config, safetensors, tokenizer."""
-    hf_model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _checked_device(device: str | None) -> str:
     """The device asked for, once a tensor could be put there; the best one where none was."""
     if device is None:
@@ -827,91 +772,15 @@ def _checked_device(device: str | None) -> str:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
-            f"device '{device}' cannot be used ({_first_line(error)}), expected cpu, cuda or mps where there is one; choose another"
+            f"device '{device}' cannot be used ({first_line(error)}), expected cpu, cuda or mps where there is one; choose another"
         ) from None
     return device
-
-
-def _first_line(error: Exception) -> str:
-    """What a library said, short enough for one sentence."""
-    return str(error).strip().split("\n")[0][:300]
 
 
 def _best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except _UNLOADABLE as error:
-        raise InputError(
-            f"cannot load a tokenizer from '{path}' ({_first_line(error)}): expected tokenizer files beside the model; check the "
-            "name, or download it first"
-        ) from None
-
-
-def _from_pretrained(
-    path: str, revision: str | None, dtype: str | None, trust_remote_code: bool
-) -> tuple[Any, Any]:
-    folder = Path(path)
-    if folder.exists():
-        if not (folder / "config.json").is_file():
-            raise InputError(
-                f"'{path}' is no checkpoint folder: got no config.json in it, expected config.json, safetensors and "
-                "tokenizer files; check the path"
-            )
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
-        raise InputError(f"no model at '{path}': no such folder, and no hub id has this form; check the path")
-    from transformers import AutoModelForCausalLM
-
-    tokenizer = _tokenizer(path, revision, trust_remote_code)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=DTYPES[dtype] if dtype else "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except _UNLOADABLE as error:
-        raise InputError(
-            f"cannot load a model from '{path}' ({_first_line(error)}): expected a folder or hub id of a causal language model "
-            "with safetensors and a tokenizer; check the name, or download it first"
-        ) from None
-    hf_model, report = loaded
-    if report["missing_keys"]:
-        # transformers would fill these with random numbers and go on.
-        raise InputError(
-            f"the checkpoint '{path}' lacks {len(report['missing_keys'])} tensors, for example "
-            f"{sorted(report['missing_keys'])[0]}, expected all of its model's; fetch the checkpoint again"
-        )
-    return hf_model, tokenizer
-
-
-def _with_adapter(hf_model: Any, adapter: str | Path) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise InputError(
-            "an adapter was given but the package peft is not installed: expected the extra; pip install 'empathy-probes[peft]'"
-        ) from None
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise InputError(
-            f"'{adapter}' is no adapter folder: got no adapter_config.json in it, expected a PEFT adapter; check the path"
-        )
-    try:
-        return PeftModel.from_pretrained(hf_model, str(adapter)).merge_and_unload()
-    except _UNLOADABLE as error:
-        raise InputError(
-            f"the adapter '{adapter}' does not fit its base model ({_first_line(error)}): expected an adapter made for this "
-            "architecture; choose the base it was trained on"
-        ) from None
 
 
 def _boot(hf_model: Any, tokenizer: Any, device: str, label: str) -> Any:
@@ -933,7 +802,7 @@ def _boot(hf_model: Any, tokenizer: Any, device: str, label: str) -> Any:
         )
     except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
         raise InputError(
-            f"TransformerLens cannot run '{label}' ({type(hf_model).__name__}: {_first_line(error)}), expected an architecture it "
+            f"TransformerLens cannot run '{label}' ({type(hf_model).__name__}: {first_line(error)}), expected an architecture it "
             "supports; choose another model"
         ) from None
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from empathy_probes.checkpoints import build_checkpoint, open_checkpoint, save_checkpoint
 from empathy_probes.concepts import Concept, load_concept, load_controls, load_targets
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract
 from empathy_probes.grammar import CONTROLS, TARGETS, readout, stimuli_rows
 from empathy_probes.kernels import pair_kernels, strength_kernels
-from empathy_probes.models import build_checkpoint, load_model, open_checkpoint, save_checkpoint
+from empathy_probes.models import load_model
 from empathy_probes.pairs import ModelPair
 from empathy_probes.planting import (
     EXACT_BEFORE,

@@ -19,11 +19,12 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 
 from empathy_probes.batches import pad_tokens
+from empathy_probes.checkpoints import build_checkpoint, open_checkpoint
 from empathy_probes.concepts import Concept
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract, plan_extraction
 from empathy_probes.grammar import CONTROLS, TARGETS, stimuli_rows
-from empathy_probes.models import Model, build_checkpoint, load_model, open_checkpoint
+from empathy_probes.models import Model, load_model
 from empathy_probes.pairs import ModelPair
 from empathy_probes.prompts import RenderedPrompt, render
 from empathy_probes.sites import Site

@@ -39,7 +39,8 @@ from transformers import (
 )
 
 from empathy_probes import grammar, phantoms, planting, surgery
-from empathy_probes.models import build_checkpoint, load_model, open_checkpoint
+from empathy_probes.checkpoints import build_checkpoint, open_checkpoint
+from empathy_probes.models import load_model
 
 PACKAGE = Path(__file__).resolve().parents[1] / "empathy_probes" / "data" / "phantoms"
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")

@@ -20,7 +20,7 @@ FLOORS = (
     {"goemotions"},
     {"public_data"},
     {"kernels", "stimuli", "activations", "grammar", "results"},
-    {"prompts", "probes", "coding", "concepts", "contrasts", "surgery", "alignment"},
+    {"prompts", "probes", "checkpoints", "coding", "concepts", "contrasts", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls", "audit"},
     {"pairs", "extraction", "decisions", "measurements", "lens", "vectors", "audit_tables"},
     {"design", "planting", "redraws", "rows"},

@@ -248,6 +248,31 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_never_filled_with_noise(
     assert "\n" not in str(caught.value)
 
 
+class _Harm:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("code that came with the weights ran",)
+
+
+@pytest.mark.parametrize("harm", [False, True])
+def test_weights_in_a_pickle_are_read_as_numbers_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: bool
+) -> None:
+    hf_model = tiny_llama()
+    hf_model.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(
+        {**hf_model.state_dict(), **({"harm": _Harm()} if harm else {})}, tmp_path / "pytorch_model.bin"
+    )
+    if harm:
+        with pytest.raises(InputError, match="holds more than numbers") as caught:
+            load_model(tmp_path, device="cpu")
+        assert "\n" not in str(caught.value) and "ran" not in capsys.readouterr().out
+    else:
+        same = load_model((hf_model, word_tokenizer()), device="cpu")
+        assert load_model(tmp_path, device="cpu").fingerprint == same.fingerprint
+
+
 @pytest.mark.parametrize("device", ["bogus", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device: str) -> None:
     with pytest.raises(InputError, match=f"device '{device}' cannot be used"):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import MAKERS, rows, word_tokenizer
 
+from empathy_probes.checkpoints import build_checkpoint
 from empathy_probes.concepts import Concept
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract
-from empathy_probes.models import build_checkpoint
 from empathy_probes.pairs import ModelPair
 from empathy_probes.phantoms import build_phantom, load_phantom_concepts
 from empathy_probes.planting import FAMILIES, TRAINED, list_bases, open_twin
