@@ -18,7 +18,9 @@ scenarios together. A check that is missed and not explained fails (exit code 3;
 library). Numbers in brackets are 95 % intervals over scenarios. Differences are label 1 minus label 0 (the highest grade
 minus the lowest; for categories, the one that is furthest from the rest), in turns that differ between the labels.
 A name that ends in a speaker (`valence_third_person`) is a variant: the same contrast asked of another speaker, in texts of
-its own. It is measured where it is named; a study of all targets leaves it out.
+its own. It is measured where it is named; a study of all targets leaves it out. Five targets have no variant, because their
+contrast lives in one turn: how a reply takes up what was said (`specificity`, `validation`, `advice_first`), how a person asks
+or addresses another (`indirectness`, `honorific`).
 
 - *floor, words* and *floor, characters*: AUROC of TF-IDF and ridge on words, or on runs of 2 to 5 characters; five folds
   grouped by scenario, mean over three draws of the folds. Chance .5, target at most .75 without an explanation.

@@ -292,7 +292,7 @@ def test_verbose_says_what_comes_from_the_store(models: Path, files: Path) -> No
     command = compare(models, "--stimuli", "colour.jsonl", "--template", "raw")
     said = []
     for out in ("one", "two"):
-        argv = [sys.executable, "-m", "empathy_probes.cli", "-v", *command, "--out", out]
+        argv = [sys.executable, "-m", "empathy_probes", "-v", *command, "--out", out]
         said.append(subprocess.run(argv, capture_output=True, text=True, check=True).stderr)
     assert "nothing from the store, resid_post to run" in said[0]
     assert "resid_post from the store, nothing to run" in said[1]
@@ -300,9 +300,7 @@ def test_verbose_says_what_comes_from_the_store(models: Path, files: Path) -> No
 
 def test_version_and_help_exit_0() -> None:
     for argv in (["--version"], ["--help"], ["compare", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "empathy_probes.cli", *argv], capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-m", "empathy_probes", *argv], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout and not done.stderr
 
 
@@ -386,7 +384,7 @@ def test_the_built_wheel_runs_the_demo_in_an_empty_folder(tmp_path: Path) -> Non
         "EMPATHY_PROBES_STORE": str(tmp_path / "store"),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "empathy_probes.cli", "demo"],
+        [sys.executable, "-m", "empathy_probes", "demo"],
         cwd=tmp_path / "empty", env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
