@@ -110,8 +110,8 @@ def judge(
 ) -> tuple[Judgement, ...]:
     """Judge one family of targets against the controls; errors are controlled over all targets x layers given.
 
-    With six or more usable controls at a layer the headline is `specific`. With fewer it is `attenuation`, and
-    nothing is decided there (`few_controls`); with none at all `attenuation` is decided (`no_controls`). The input
+    With six or more usable controls at a layer the headline is `specific`. With fewer it is `attenuation`, of which nothing
+    is decided there but equivalence (`few_controls`); with none at all `attenuation` is decided (`no_controls`). The input
     of block 0 (layer -1) is one more place as soon as it varies; where it does not (embeddings left alone, or the
     same last token in every text) its draws are 0 and it costs the family nothing.
 
@@ -296,9 +296,9 @@ def _judge_one(
         if not enough.all():
             headline = _merge(enough, headline, _attenuation_headline(view, family))
 
-    silent = target.has_form("blank") | (~enough & (reference is not None))
+    few = ~enough & (reference is not None)
     limit = np.where(enough, specific_margin, margin)
-    decision, within = _decide(headline, outside, silent & ~target.has_form("identical"), margin, limit)
+    decision, within = _decide(headline, outside, target.has_form("blank"), few, margin, limit)
     needs = _needs(target, reference, enough, headline.critical, decision, within, margin, limit)
     onset, loss, peak = _locate(view, reference)
     extra = flag_layers(
@@ -362,11 +362,22 @@ def _locate(view: _View, reference: Reference | None) -> tuple[LayerSet, LayerSe
 
 
 def _decide(
-    headline: _Headline, outside: np.ndarray, undecidable: np.ndarray, margin: float, limit: np.ndarray
+    headline: _Headline,
+    outside: np.ndarray,
+    blank: np.ndarray,
+    few: np.ndarray,
+    margin: float,
+    limit: np.ndarray,
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """Decision of each layer, and where only the controls' own spread stands against one."""
+    """Decision of each layer, and where only the controls' own spread stands against one.
+
+    Where the controls are too few, a change cannot be told from what happens to everything, but that the contrast has not
+    changed can be said: without that, a pair that differs in nothing was called inconclusive for an early block that few
+    controls reach (.03 right at 40 scenarios of a rotated twin).
+    """
     less, more = headline.high < np.log(1 - margin), headline.low > np.log(1 + margin)
     equal = (headline.narrow_low >= np.log(1 - limit)) & (headline.narrow_high <= np.log(1 + limit))
+    undecidable = blank | (few & ~equal)
     within = (less | more) & ~outside & ~undecidable
     words = np.select(
         [undecidable, less & outside, more & outside, equal],

@@ -248,6 +248,13 @@ def test_fewer_than_six_controls_are_printed_and_decide_nothing():
     assert np.isfinite(judged.specific.lower).all() and judged.headline == ("attenuation",) * 2
 
 
+def test_with_few_controls_that_nothing_changed_can_still_be_said():
+    target = concept("valence", [1.0, 0.6], seed=15, trace=0.8)
+    judged = judge([target], pool_of([1.0, 1.0], k=5), draws=DRAWS)[0]
+    assert judged.decision == ("equivalent", "") and judged.headline == ("attenuation",) * 2
+    assert all("few_controls" in f for f in judged.flags)
+
+
 def test_without_controls_attenuation_is_decided_and_flagged():
     judged = judge([concept("valence", [0.5], seed=16)], [], draws=DRAWS)[0]
     assert judged.decision == ("attenuated",) and judged.flags[0] == ("no_controls",)
