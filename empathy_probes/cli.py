@@ -590,3 +590,7 @@ def _store(args: argparse.Namespace) -> int:
             f"{info.url} {verb} {info.entries} entries and {info.parts} unfinished parts, {_size(info.size)}"
         )
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
