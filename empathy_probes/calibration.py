@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from empathy_probes import __version__
@@ -243,6 +244,8 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # numpy's BLAS as well: with a thread per core in every process, they wait for one another more than they compute.
+    threadpool_limits(1)
 
 
 def _run_twin(twin: Twin, redraws: int, options: Options, out: Path, phantoms: str | Path | None) -> Twin:

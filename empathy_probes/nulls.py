@@ -55,9 +55,18 @@ def permutation_null(
 def _aurocs(
     scores: Float[np.ndarray, "layer draws n"], labels: Float[np.ndarray, "draws n"]
 ) -> Float[np.ndarray, "layer draws"]:
-    p = labels.sum(-1)
-    wins = (rankdata(scores, axis=-1) * labels).sum(-1) - p * (p + 1) / 2
-    return np.asarray(wins / (p * (labels.shape[-1] - p)))
+    p, n = labels.sum(-1), labels.shape[-1]
+    wins = np.empty(scores.shape[:-1])
+    for layer, values in enumerate(scores):
+        # One sort instead of ranks: the label travels in the last bit of its score.
+        tagged = (values.view(np.int64) & ~1) | labels.astype(np.int64)
+        ordered = np.sort(tagged.view(np.float64), axis=-1).view(np.int64)
+        wins[layer] = (ordered & 1) @ np.arange(1, n + 1)
+        plain = (ordered & ~1).view(np.float64)
+        tied = (plain[:, 1:] == plain[:, :-1]).any(-1)
+        if tied.any():
+            wins[layer, tied] = (rankdata(values[tied], axis=-1) * labels[tied]).sum(-1)
+    return np.asarray((wins - p * (p + 1) / 2) / (p * (n - p)))
 
 
 def largest_p(

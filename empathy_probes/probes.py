@@ -1,8 +1,9 @@
 """Linear probes, at all layers and folds at once, in closed form.
 
 Ridge regression of ±1 labels in its dual form: with centred training rows X and Gram matrix G = X Xᵀ, the
-scores of held-out rows are (x Xᵀ)(G + λI)⁻¹ y. One batched solve serves all layers; λ is the mean eigenvalue
-of G, so the scores do not change when activations are scaled or rotated. Folds are made of scenarios; every
+scores of held-out rows are (x Xᵀ)(G + λI)⁻¹ y; λ is the mean eigenvalue
+of G, so the scores do not change when activations are scaled or rotated. One factorisation per fold and layer serves all
+labellings, in the primal form where that is the smaller one. Folds are made of scenarios; every
 score comes from a probe that saw no text of its scenario.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
+from scipy.linalg import cho_factor, cho_solve
 from scipy.special import logsumexp
 
 from empathy_probes.stats import Curve, critical_t, grouped_folds
@@ -35,8 +37,7 @@ def cross_fitted_scores(
         labels: one row per contrast: 0 and 1, or grades (then scores are grades less the training mean).
         folds: fold of each text; texts of a scenario share one.
     """
-    rows = np.swapaxes(features.astype(np.float64), 0, 1)
-    return _scores(rows @ np.swapaxes(rows, 1, 2), None, labels, folds)
+    return paired_scores(features, features, labels, folds)
 
 
 def paired_scores(
@@ -46,8 +47,12 @@ def paired_scores(
     folds: Int[np.ndarray, " n"],
 ) -> Float[np.ndarray, "layer contrast n"]:
     """Out-of-fold scores of one model's probes on another model's states of the same texts."""
-    a, b = (np.swapaxes(x.astype(np.float64), 0, 1) for x in (fitted, read))
-    return _scores(a @ np.swapaxes(a, 1, 2), b @ np.swapaxes(a, 1, 2), labels, folds)
+    a = np.swapaxes(fitted.astype(np.float64), 0, 1)
+    b = a if read is fitted else np.swapaxes(read.astype(np.float64), 0, 1)
+    if a.shape[2] < min((folds != fold).sum() for fold in np.unique(folds)):
+        return _few_columns(a, b, labels, folds)
+    gram = a @ np.swapaxes(a, 1, 2)
+    return _scores(gram, None if read is fitted else b @ np.swapaxes(a, 1, 2), labels, folds)
 
 
 def _scores(
@@ -56,13 +61,48 @@ def _scores(
     labels: Num[np.ndarray, "contrast n"],
     folds: Int[np.ndarray, " n"],
 ) -> Float[np.ndarray, "layer contrast n"]:
-    targets = (2.0 * labels - 1 if is_binary(labels) else labels.astype(float)).T
+    targets = _targets(labels)
     scores = np.empty((*gram.shape[:2], targets.shape[1]))
     for fold in np.unique(folds):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         # Without the training mean: folds of unequal balance would shift all their scores by it.
         scores[:, test] = _ridge_scores(gram, targets, train, test, (1.0,), cross)[0] - targets[train].mean(0)
     return np.ascontiguousarray(np.swapaxes(scores, 1, 2))
+
+
+def _few_columns(
+    fitted: Float[np.ndarray, "layer n d"],
+    read: Float[np.ndarray, "layer n d"],
+    labels: Num[np.ndarray, "contrast n"],
+    folds: Int[np.ndarray, " n"],
+) -> Float[np.ndarray, "layer contrast n"]:
+    """The same probe in its primal form, (x − x̄) (XᵀX + λI)⁻¹ Xᵀ y, where there are more texts than columns."""
+    targets = _targets(labels)
+    held_out = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
+    scores = np.empty((len(fitted), targets.shape[1], targets.shape[0]))
+    for layer, (x, z) in enumerate(zip(fitted, read, strict=True)):
+        x, z = x - x.mean(0), z - x.mean(0)
+        inner = x.T @ x
+        aims = [targets[test].T @ x[test] for test in held_out]
+        for fold, test in enumerate(held_out):
+            out, train = x[test], np.setdiff1d(np.arange(len(x)), test)
+            many, mean = len(train), targets[train].mean(0)
+            centre = -out.sum(0) / many
+            left = inner - out.T @ out - many * np.outer(centre, centre)
+            weights = cho_solve(_factor(left, np.trace(left) / many), (z[test] - centre).T)
+            # Added up from the other folds, not taken off the whole: a text's own label must not even be in the rounding.
+            aim = sum(aims[:fold] + aims[fold + 1 :]) - many * np.outer(mean, centre)
+            scores[layer][:, test] = aim @ weights
+    return scores
+
+
+def _targets(labels: Num[np.ndarray, "contrast n"]) -> Float[np.ndarray, "n contrast"]:
+    return np.ascontiguousarray((2.0 * labels - 1 if is_binary(labels) else labels.astype(float)).T)
+
+
+def _factor(gram: Float[np.ndarray, "k k"], penalty: float) -> tuple[np.ndarray, bool]:
+    """Cholesky factor of G + λI. A layer on which all texts agree has an empty G: any penalty gives the score 0."""
+    return cho_factor(gram + (penalty if penalty > 0 else 1.0) * np.eye(len(gram)), overwrite_a=True)
 
 
 def is_binary(labels: Num[np.ndarray, "..."]) -> bool:
@@ -231,12 +271,17 @@ def _ridge_scores(
     centred = inner - column - np.swapaxes(column, 1, 2) + column.mean(2, keepdims=True)
     # The weights sum to 0, so of the test rows' centring only this part changes a score.
     read = (gram if cross is None else cross)[:, test[:, None], train] - column
-    scale = np.trace(centred, axis1=1, axis2=2) / len(train)
-    # A layer on which all texts agree has an empty Gram matrix: any penalty gives the score 0.
-    scale = np.where(scale > 0, scale, 1.0)[:, None, None] * np.eye(len(train))
     mean = targets[train].mean(0)
-    aim = np.broadcast_to(targets[train] - mean, (len(gram), *targets[train].shape))
-    return np.stack([read @ np.linalg.solve(centred + p * scale, aim) for p in penalties]) + mean
+    aim = targets[train] - mean
+    scores = np.empty((len(penalties), len(gram), len(test), aim.shape[1]))
+    for layer, (g, r) in enumerate(zip(centred, read, strict=True)):
+        scale = np.trace(g) / len(train)
+        for k, p in enumerate(penalties):
+            factor = _factor(g, p * scale)
+            # Whichever is fewer: one solve per labelling, or one per row that is read.
+            few = aim.shape[1] <= len(test)
+            scores[k, layer] = r @ cho_solve(factor, aim) if few else cho_solve(factor, r.T).T @ aim
+    return scores + mean
 
 
 # Logit of a class that cannot be: finite, so that 0 times it is 0.

@@ -28,6 +28,16 @@ def test_every_shuffle_gets_the_probe_it_would_get_alone() -> None:
             np.testing.assert_allclose(null[draw, layer], roc_auc_score(labels, scores), atol=1e-12)
 
 
+def test_equal_scores_share_their_ranks_in_a_shuffle_too() -> None:
+    x = np.random.default_rng(0).integers(0, 2, (80, 2, 3)).astype(float)
+    x[:, 1] = 1.0
+    null = permutation_null(x, LABELS[None], UNITS, FOLDS, draws=4, seed=3)
+    for draw, labels in enumerate(LABELS[shuffle_within(UNITS, 4, 3)]):
+        scores = cross_fitted_scores(x, labels[None], FOLDS)[:, 0]
+        np.testing.assert_allclose(null[draw], [roc_auc_score(labels, row) for row in scores], atol=1e-12)
+        assert len(np.unique(scores[0])) < 80 and null[draw, 1] == 0.5
+
+
 def test_p_of_noise_is_uniform_and_of_a_signal_the_smallest_there_is() -> None:
     rng = np.random.default_rng(1)
     p = []

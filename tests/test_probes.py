@@ -17,21 +17,27 @@ from empathy_probes.probes import (
     cross_fitted_scores,
     entropy,
     lexical_scores,
+    paired_scores,
 )
 from empathy_probes.stats import auroc, grouped_folds
 
 
-def data(n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
+def data(n: int = 60, seed: int = 0, width: int = 90) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
     generator = np.random.default_rng(seed)
     labels = np.tile([1, 0], n // 2)
     units = [str(i // 2) for i in range(n)]
-    features = generator.normal(size=(n, 3, 90)) + 5.0
+    features = generator.normal(size=(n, 3, width)) + 5.0
     features[:, 1] += labels[:, None] * 0.4
     return features, labels, units, grouped_folds(units, 5, seed)
 
 
-def test_scores_equal_scikit_learns_ridge_with_the_same_penalty() -> None:
-    features, labels, _, folds = data()
+# More columns than texts, and fewer: the dual and the primal form.
+WIDTHS = pytest.mark.parametrize("width", [90, 12])
+
+
+@WIDTHS
+def test_scores_equal_scikit_learns_ridge_with_the_same_penalty(width: int) -> None:
+    features, labels, _, folds = data(width=width)
     scores = cross_fitted_scores(features, labels[None], folds)[:, 0]
     for layer in range(features.shape[1]):
         rows = features[:, layer]
@@ -44,17 +50,19 @@ def test_scores_equal_scikit_learns_ridge_with_the_same_penalty() -> None:
             np.testing.assert_allclose(scores[layer, ~train], expected, atol=1e-9)
 
 
-def test_a_texts_own_label_never_reaches_its_score() -> None:
-    features, labels, _, folds = data()
+@WIDTHS
+def test_a_texts_own_label_never_reaches_its_score(width: int) -> None:
+    features, labels, _, folds = data(width=width)
     flipped = np.where(folds == 2, 1 - labels, labels)
     before, after = (cross_fitted_scores(features, y[None], folds)[:, 0] for y in (labels, flipped))
     np.testing.assert_array_equal(before[:, folds == 2], after[:, folds == 2])
     assert not np.allclose(before[:, folds != 2], after[:, folds != 2])
 
 
-def test_scale_and_rotation_change_no_score() -> None:
-    features, labels, _, folds = data()
-    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(90, 90)))[0]
+@WIDTHS
+def test_scale_and_rotation_change_no_score(width: int) -> None:
+    features, labels, _, folds = data(width=width)
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(width, width)))[0]
     before = cross_fitted_scores(features, labels[None], folds)
     np.testing.assert_allclose(
         cross_fitted_scores(7 * features @ rotation, labels[None], folds), before, atol=1e-8
@@ -72,8 +80,34 @@ def test_noise_scores_at_chance_and_a_planted_signal_above() -> None:
     assert abs(np.mean(at_chance) - 0.5) < 0.05 and np.mean(planted) > 0.75
 
 
-def test_texts_that_do_not_differ_at_a_layer_score_zero() -> None:
-    features, labels, _, folds = data()
+@WIDTHS
+def test_a_labelling_scores_the_same_alone_and_among_many(width: int) -> None:
+    features, labels, _, folds = data(width=width)
+    many = np.stack([labels, *np.random.default_rng(0).integers(0, 2, (40, len(labels)))])
+    np.testing.assert_allclose(
+        cross_fitted_scores(features, many, folds)[:, 0],
+        cross_fitted_scores(features, labels[None], folds)[:, 0], atol=1e-12,
+    )  # fmt: skip
+
+
+@WIDTHS
+def test_a_probe_reads_another_model_as_scikit_learns_does_and_a_copy_as_its_own(width: int) -> None:
+    features, labels, _, folds = data(width=width)
+    other = features + np.random.default_rng(3).normal(size=features.shape)
+    scores = paired_scores(features, other, labels[None], folds)[:, 0]
+    for fold in range(5):
+        train = folds != fold
+        rows = features[train, 1]
+        probe = Ridge(alpha=((rows - rows.mean(0)) ** 2).sum() / train.sum()).fit(rows, 2 * labels[train] - 1)
+        expected = probe.predict(other[~train, 1]) - (2 * labels[train] - 1).mean()
+        np.testing.assert_allclose(scores[1, ~train], expected, atol=1e-9)
+    own = cross_fitted_scores(features, labels[None], folds)
+    np.testing.assert_array_equal(paired_scores(features, features.copy(), labels[None], folds), own)
+
+
+@WIDTHS
+def test_texts_that_do_not_differ_at_a_layer_score_zero(width: int) -> None:
+    features, labels, _, folds = data(width=width)
     features[:, 0] = 1.0
     assert (cross_fitted_scores(features, labels[None], folds)[0] == 0).all()
 

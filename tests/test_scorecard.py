@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from empathy_probes import calibration, redraws
 from empathy_probes.activations import Activations
@@ -31,6 +34,12 @@ from empathy_probes.secondary import MEASURES, Exhibit, proportions, read_redraw
 from empathy_probes.stats import Estimate
 
 LAYERS, WIDTH, MANY = 4, 24, 900
+
+
+def test_a_process_of_a_calibration_computes_on_one_thread() -> None:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=calibration._one_thread) as pool:
+        libraries = pool.submit(threadpool_info).result()
+    assert libraries and all(library["num_threads"] == 1 for library in libraries)
 
 
 def sample(name: str, role: str, keep: tuple[float, ...], seed: int) -> Sample:
