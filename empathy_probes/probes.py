@@ -89,10 +89,9 @@ def _few_columns(
             many, mean = len(train), targets[train].mean(0)
             centre = -out.sum(0) / many
             left = inner - out.T @ out - many * np.outer(centre, centre)
-            weights = cho_solve(_factor(left, np.trace(left) / many), (z[test] - centre).T)
             # Added up from the other folds, not taken off the whole: a text's own label must not even be in the rounding.
             aim = sum(aims[:fold] + aims[fold + 1 :]) - many * np.outer(mean, centre)
-            scores[layer][:, test] = aim @ weights
+            scores[layer][:, test] = _apply(_factor(left, np.trace(left) / many), aim.T, z[test] - centre).T
     return scores
 
 
@@ -103,6 +102,15 @@ def _targets(labels: Num[np.ndarray, "contrast n"]) -> Float[np.ndarray, "n cont
 def _factor(gram: Float[np.ndarray, "k k"], penalty: float) -> tuple[np.ndarray, bool]:
     """Cholesky factor of G + λI. A layer on which all texts agree has an empty G: any penalty gives the score 0."""
     return cho_factor(gram + (penalty if penalty > 0 else 1.0) * np.eye(len(gram)), overwrite_a=True)
+
+
+def _apply(
+    factor: tuple[np.ndarray, bool], aim: Float[np.ndarray, "k m"], read: Float[np.ndarray, "test k"]
+) -> Float[np.ndarray, "test m"]:
+    """read (G + λI)⁻¹ aim, with as many solves as there are labellings or rows to read, whichever are fewer."""
+    if aim.shape[1] <= len(read):
+        return read @ cho_solve(factor, aim)
+    return cho_solve(factor, read.T).T @ aim
 
 
 def is_binary(labels: Num[np.ndarray, "..."]) -> bool:
@@ -277,10 +285,7 @@ def _ridge_scores(
     for layer, (g, r) in enumerate(zip(centred, read, strict=True)):
         scale = np.trace(g) / len(train)
         for k, p in enumerate(penalties):
-            factor = _factor(g, p * scale)
-            # Whichever is fewer: one solve per labelling, or one per row that is read.
-            few = aim.shape[1] <= len(test)
-            scores[k, layer] = r @ cho_solve(factor, aim) if few else cho_solve(factor, r.T).T @ aim
+            scores[k, layer] = _apply(_factor(g, p * scale), aim, r)
     return scores + mean
 
 
