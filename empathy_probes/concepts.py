@@ -70,12 +70,12 @@ def load_concept(name: str) -> Concept:
     Raises:
         InputError: there is no concept of that name; the message lists those that exist.
     """
-    names = list_concepts()
-    if name not in names:
+    path = _folder() / f"{name}.toml"
+    if path.parent != _folder() or not path.is_file():
         raise InputError(
-            f"unknown concept '{name}': expected one of {', '.join(names)}; choose one of these, or pass a stimuli file"
+            f"unknown concept '{name}': expected one of {', '.join(list_concepts())}; choose one of these, or pass a stimuli file"
         )
-    return _described(_folder() / f"{name}.toml")
+    return _described(path)
 
 
 def load_targets() -> tuple[Concept, ...]:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from conftest import rows
 
+from empathy_probes.audit import shipped_concepts
 from empathy_probes.concepts import (
     DIMENSIONS,
     MECHANISMS,
@@ -18,7 +19,6 @@ from empathy_probes.concepts import (
     list_concepts,
     load_concept,
     load_concept_file,
-    load_controls,
     load_neutral,
     load_targets,
 )
@@ -214,27 +214,31 @@ def test_a_shipped_concept_is_sound(name: str) -> None:
 
 
 def test_a_variant_is_its_original_asked_of_another_speaker() -> None:
-    variants = [c for c in map(load_concept, list_concepts()) if c.variant_of]
+    library = {c.name: c for c in shipped_concepts()}
+    variants = [c for c in library.values() if c.variant_of]
     assert {c.speaker for c in variants} == set(SPEAKERS)
     for variant in variants:
-        original = load_concept(variant.variant_of)
+        original = library[variant.variant_of]
         assert variant.name == f"{original.name}_{variant.speaker}" and not original.variant_of
         assert variant.speaker != original.speaker and set(variant.labels) == set(original.labels)
         for name in ("role", "mechanism", "dimension"):
             assert getattr(variant, name) == getattr(original, name)
         assert variant.stimuli.kind == original.stimuli.kind
     # A study of all targets asks each once.
-    assert not {c.name for c in variants} & {c.name for c in load_targets()} and len(load_targets()) == 22
+    targets = {c.name for c in load_targets()}
+    assert not {c.name for c in variants} & targets and len(targets) == 22
 
 
 def test_the_library_covers_every_mechanism_and_dimension_and_most_of_it_can_be_asked() -> None:
-    targets = [load_concept(name) for name in list_concepts() if load_concept(name).role == "target"]
+    targets = [c for c in shipped_concepts() if c.role == "target"]
     assert {c.mechanism for c in targets} == set(MECHANISMS) and {c.dimension for c in targets} == set(
         DIMENSIONS
     )
     silent = [c.name for c in targets if any(item.readout is None for item in c.stimuli.items)]
     assert silent == ["emotion", "emotion_third_person"]  # eight categories have no two sides
-    asked = [c for c in load_controls() if all(item.readout for item in c.stimuli.items)]
+    asked = [
+        c for c in shipped_concepts() if c.role == "control" and all(item.readout for item in c.stimuli.items)
+    ]
     assert len(asked) >= 6
     for concept in (*targets, *asked):
         by_scenario: dict[str, set[object]] = {}
@@ -248,10 +252,10 @@ def test_the_library_covers_every_mechanism_and_dimension_and_most_of_it_can_be_
 def test_no_text_recurs_in_another_concept_or_in_the_neutral_texts() -> None:
     seen: dict[str, str] = {text: "neutral" for text in load_neutral()}
     assert len(seen) >= 300
-    for name in list_concepts():
-        for item in load_concept(name).stimuli.items:
-            assert seen.setdefault(item.text, name) == name
+    for concept in shipped_concepts():
+        for item in concept.stimuli.items:
+            assert seen.setdefault(item.text, concept.name) == concept.name
 
 
 def test_there_are_enough_shipped_controls_for_a_decision() -> None:
-    assert len(load_controls()) >= 6
+    assert sum(c.role == "control" for c in shipped_concepts()) >= 6
