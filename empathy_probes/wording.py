@@ -20,7 +20,7 @@ FLAGS: dict[str, str] = {
     "at_least": "Attenuation is at least the lower end of the interval; complete loss cannot be excluded, so no point is given.",
     "one_sided": "Only one end of the interval is informative, so no point is given.",
     "small_n": "Fewer than 60 scenarios: intervals are wide and their coverage is less certain.",
-    "few_controls": "Fewer than six usable control concepts: a change is shown but not decided; that nothing changed can be.",
+    "few_controls": "Fewer than six usable control concepts: a change is shown, not decided; only that nothing changed can be.",
     "no_controls": "No control concepts: generic changes of every contrast cannot be told from a specific one.",
     "control_lost": "At least one control could not be used at this layer.",
     "within_control_spread": "Beyond the margin, but within what single controls do by themselves: not decided.",
