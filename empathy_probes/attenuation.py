@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -32,9 +32,6 @@ from empathy_probes.results import Result
 from empathy_probes.rows import COLUMNS, ONSET_COLUMNS, did_rows, lexical_row, measurement_rows
 from empathy_probes.store import Store, digest_of, load_record, open_store
 from empathy_probes.vectors import SteeringVector, check_not_zero, make_vector
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

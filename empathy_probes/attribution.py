@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,9 +56,6 @@ from empathy_probes.stats import (
 )
 from empathy_probes.stimuli import StimulusSet
 from empathy_probes.store import Store, load_record, open_store
-
-if TYPE_CHECKING:
-    pass
 
 ATTRIBUTION_COLUMNS = [
     "concept", "template", "model", "component", "layer", "head", "write", "write_lower", "write_upper", "flags",

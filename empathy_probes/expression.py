@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,9 +25,6 @@ from empathy_probes.readouts import ask_design, read_out, readable, scenario_cou
 from empathy_probes.results import Result
 from empathy_probes.stats import Curve, critical_t, fieller_ratio, mean_interval
 from empathy_probes.store import Store, digest_of, open_store
-
-if TYPE_CHECKING:
-    pass
 
 COUPLING_COLUMNS = [
     "concept", "role", "template", "n_scenarios",

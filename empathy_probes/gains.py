@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,6 @@ from jaxtyping import Bool, Float
 from empathy_probes.design import Settings
 from empathy_probes.results import Result
 from empathy_probes.stats import LEVEL, Curve, critical_t, fieller_ratio, mean_interval
-
-if TYPE_CHECKING:
-    pass
 
 GAIN_COLUMNS = [
     "concept", "template", "site", "layer", "model", "dose", "readout", "readout_lower", "readout_upper", "slope", "slope_lower",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,9 +43,6 @@ from empathy_probes.sweeps import (
     take,
 )
 from empathy_probes.textpairs import TextPairs, as_concepts, prepare_pairs, unit_means
-
-if TYPE_CHECKING:
-    pass
 
 ESTIMATE_COLUMNS = [
     "concept", "template", "model", "direction", "site", "layer", "head", "position", "estimated", "estimated_lower", "estimated_upper",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,9 +41,6 @@ from empathy_probes.sweeps import (
     place_cells,
 )
 from empathy_probes.textpairs import TextPairs, around, as_concepts, pair_texts, prepare_pairs, unit_means
-
-if TYPE_CHECKING:
-    pass
 
 PATCHING_COLUMNS = [
     "concept", "template", "model", "direction", "site", "layer", "head", "position", "recovered", "recovered_lower", "recovered_upper",

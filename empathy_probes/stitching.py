@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,9 +47,6 @@ from empathy_probes.sites import Site
 from empathy_probes.stats import Curve, largest_quantile, mean_interval, studentised_sums, unit_signs
 from empathy_probes.store import Store, digest_of, open_store
 from empathy_probes.sweeps import check_continuable
-
-if TYPE_CHECKING:
-    pass
 
 ORDERS = ("aligned_then_base", "base_then_aligned")
 STITCHING_COLUMNS = [

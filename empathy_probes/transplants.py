@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,9 +60,6 @@ from empathy_probes.stats import (
 )
 from empathy_probes.stimuli import StimulusSet
 from empathy_probes.sweeps import STATE_BYTES, Continuation, check_continuable, continue_edited
-
-if TYPE_CHECKING:
-    pass
 
 ORDERS = ("base_into_aligned", "aligned_into_base")
 POSITIONS = ("read", "all")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,9 +45,6 @@ from empathy_probes.results import Result
 from empathy_probes.stats import Curve
 from empathy_probes.stimuli import StimulusSet
 from empathy_probes.store import Store, load_record, open_store
-
-if TYPE_CHECKING:
-    pass
 
 _Judged = dict[tuple[str, str], list[dict[str, Judgement]]]
 """Per template and site, per comparison of one kind, what can be said of each concept."""
