@@ -172,7 +172,9 @@ def encoded_overall(j: Judgement) -> tuple[str, int | None]:
     # Where neither model shows the contrast there is nothing to lose or to gain, and nothing to be shown equal.
     asked = {d for d, there in zip(j.decision, blocks & carried(j), strict=True) if there}
     if asked == {"equivalent"}:
-        return "equivalent", at
+        # Quoted where it is equivalent relative to controls, if anywhere: a layer that few of them reach says less.
+        judged = known & np.array([quantity == "specific" for quantity in j.headline])
+        return "equivalent", int(np.argmax(np.where(judged, size, -np.inf))) if judged.any() else at
     return ("inconclusive" if asked & {"inconclusive", "equivalent"} else ""), at
 
 
@@ -217,9 +219,13 @@ def _headline(finding: Finding, m: Measurement, j: Judgement) -> Headline:
         flags=tuple(sorted(flags)),
         sentence="",
     )
-    shown = [layer for layer, there in zip(m.layers, carried(j), strict=True) if there and layer >= 0]
-    everywhere = len(shown) == sum(layer >= 0 for layer in m.layers)
-    return replace(headline, sentence=_sentence(headline, finding.settings, None if everywhere else shown))
+    shown = [i for i in of_blocks if carried(j)[i]]
+    alone = [i for i in shown if j.headline[i] != headline.quantity]
+    if decision == "equivalent" and alone:
+        headline = replace(headline, flags=tuple(sorted({*headline.flags, "equivalent_alone"})))
+    named = None if len(shown) == len(of_blocks) and not alone else [i for i in shown if i not in alone]
+    layers = [None if at is None else [m.layers[i] for i in at] for at in (named, alone)]
+    return replace(headline, sentence=_sentence(headline, finding.settings, layers[0], layers[1] or []))
 
 
 def runs_of(layers: Sequence[int]) -> list[list[int]]:
@@ -257,12 +263,25 @@ def percent(value: float | None) -> str:
     return f"{'−' if rounded < 0 else ''}{abs(rounded)} %"
 
 
-def _sentence(h: Headline, settings: Settings, shown: Sequence[int] | None) -> str:
-    """The headline in words; `shown` are the blocks that carry the contrast, None where all do."""
+def _named(layers: Sequence[int]) -> str:
+    """Layers in words: 0, 2–5."""
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs_of(layers))
+
+
+def _sentence(h: Headline, settings: Settings, shown: Sequence[int] | None, alone: Sequence[int]) -> str:
+    """The headline in words.
+
+    Args:
+        h: without its sentence.
+        settings: margins.
+        shown: the blocks that carry the contrast and are judged as the quoted one is; None where all are.
+        alone: the others that carry it, which too few controls reach.
+    """
+    few = f"fewer than {FEWEST_CONTROLS}" if "few_controls" in h.flags else "no"
     against = (
         f"relative to {h.n_controls} controls"
         if h.quantity == "specific"
-        else "(no controls to compare with)"
+        else f"({few} controls to compare with)"
     )
     band = f"simultaneous 95 % band {percent(h.size_lower)} to {percent(h.size_upper)}, n = {h.n_scenarios} scenarios"
     size = percent(h.size) if h.size is not None else f"at least {percent(h.size_lower)}"
@@ -287,10 +306,13 @@ def _sentence(h: Headline, settings: Settings, shown: Sequence[int] | None) -> s
         return f"Amplified at block {h.layer}: attenuation {size} {against} ({band})."
     if h.decision == "equivalent":
         margin = settings.specific_margin if h.quantity == "specific" else settings.margin
-        runs = [] if shown is None else runs_of(shown)
-        named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
-        where = f" that shows the contrast ({named})" if named else ""
-        return f"No change beyond ±{percent(margin)} {against} at any block{where}; the largest is {size} at block {h.layer} ({band})."
+        where = f" that shows the contrast ({_named(shown)})" if shown else ""
+        rest = (
+            f" By itself within ±{percent(settings.margin)} at block {_named(alone)}, which fewer than {FEWEST_CONTROLS} controls reach."
+            if alone
+            else ""
+        )
+        return f"No change beyond ±{percent(margin)} {against} at any block{where}; the largest is {size} at block {h.layer} ({band}).{rest}"
     if h.decision == "":
         return (
             f"Not decided: at most {h.n_controls} usable controls at any block, at least {FEWEST_CONTROLS} are needed. "

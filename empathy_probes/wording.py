@@ -21,6 +21,7 @@ FLAGS: dict[str, str] = {
     "one_sided": "Only one end of the interval is informative, so no point is given.",
     "small_n": "Fewer than 60 scenarios: intervals are wide and their coverage is less certain.",
     "few_controls": "Fewer than six usable control concepts: a change is shown, not decided; only that nothing changed can be.",
+    "equivalent_alone": "At some blocks fewer than six controls are usable; there the contrast by itself lies within the margin of attenuation.",
     "no_controls": "No control concepts: generic changes of every contrast cannot be told from a specific one.",
     "control_lost": "At least one control could not be used at this layer.",
     "within_control_spread": "Beyond the margin, but within what single controls do by themselves: not decided.",
@@ -223,7 +224,10 @@ def _sure(decision: str, h: Mapping[str, Any], limit: float) -> str:
         spread = " and outside the spread of single controls" if h.get("quantity") == "specific" else ""
         return f"the simultaneous 95 % band lies beyond the margin{spread}"
     if decision == "equivalent":
-        return f"shown equivalent: the 90 % interval lies within ±{limit:g} at every block"
+        text = f"shown equivalent: the 90 % interval lies within ±{limit:g} at every block"
+        if "equivalent_alone" in split_flags(h.get("flags")):
+            return f"{text} that six controls reach; at the others that of the contrast by itself lies within its margin"
+        return text
     if decision == "inconclusive":
         text = "neither a change beyond the margin nor the absence of one is shown"
     else:

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,8 +19,9 @@ from empathy_probes.controls import (
     specific_interval,
 )
 from empathy_probes.decisions import judge, judge_controls
+from empathy_probes.design import Settings
 from empathy_probes.errors import InputError
-from empathy_probes.ledger import encoded_overall
+from empathy_probes.ledger import Headline, _sentence, encoded_overall
 from empathy_probes.stats import Estimate, binomial_interval
 
 DIMENSIONS = 24
@@ -253,6 +255,35 @@ def test_with_few_controls_that_nothing_changed_can_still_be_said():
     judged = judge([target], pool_of([1.0, 1.0], k=5), draws=DRAWS)[0]
     assert judged.decision == ("equivalent", "") and judged.headline == ("attenuation",) * 2
     assert all("few_controls" in f for f in judged.flags)
+
+
+def test_equivalence_is_quoted_where_controls_reach_and_says_where_they_do_not():
+    target = concept("valence", [0.97, 1.0], seed=15, trace=0.5, n=200)
+    # The sixth control is carried at the second layer only; at the first the target changes more.
+    mu, noise = np.eye(DIMENSIONS)[0], vectors(6, 200, 2, 0.5)
+    states = noise + np.array([0.0, 1.0])[:, None, None] * mu
+    kernel = states @ np.swapaxes(states, -1, -2)
+    late = compare("late", [f"late/{i}" for i in range(200)], np.stack([kernel, 1.001 * kernel]), (0, 1))
+    judged = judge([target], [*pool_of([1.0, 1.0], k=5, trace=0.5, n=200), late], draws=DRAWS)[0]
+    assert judged.headline == ("attenuation", "specific") and judged.decision == ("equivalent",) * 2
+    assert abs(judged.band.value[0]) > abs(judged.band.value[1])
+    assert encoded_overall(judged) == ("equivalent", 1)
+
+
+def test_the_sentence_of_an_equivalence_names_the_blocks_that_few_controls_reach():
+    headline = Headline(
+        "valence", "target", "raw", "resid_post", "equivalent", "specific", 1, 0.01, -0.05, 0.07, None, None, None, None,
+        200, 6, 0.2, None, None, ("equivalent_alone",), "",
+    )  # fmt: skip
+    said = _sentence(headline, Settings(), [1, 2, 3], [0])
+    assert "±20 % relative to 6 controls at any block that shows the contrast (1–3)" in said
+    assert said.endswith("By itself within ±10 % at block 0, which fewer than 6 controls reach.")
+    plain = _sentence(replace(headline, flags=()), Settings(), None, [])
+    assert "at any block; the largest" in plain and "By itself" not in plain
+    alone = _sentence(
+        replace(headline, quantity="attenuation", n_controls=2, flags=("few_controls",)), Settings(), None, []
+    )
+    assert "±10 % (fewer than 6 controls to compare with) at any block" in alone
 
 
 def test_without_controls_attenuation_is_decided_and_flagged():
