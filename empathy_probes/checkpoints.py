@@ -42,6 +42,18 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300]
 
 
+def split_revision(source: str | Path) -> tuple[str, str | None]:
+    """`ID@REVISION` in its parts; a folder's name is left as it is.
+
+    >>> split_revision("EleutherAI/pythia-160m@step143000")
+    ('EleutherAI/pythia-160m', 'step143000')
+    """
+    if Path(source).exists():
+        return str(source), None
+    path, _, revision = str(source).partition("@")
+    return path, revision or None
+
+
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
     """The tokenizer of a hub id or folder, in one sentence if there is none."""
     from transformers import AutoTokenizer
@@ -67,7 +79,7 @@ def load_pretrained(
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise InputError(
-                f"'{path}' is no checkpoint folder: got no config.json in it, expected config.json, safetensors and "
+                f"'{path}' is no checkpoint folder: got no config.json in it, expected config.json, weights and "
                 "tokenizer files; check the path"
             )
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
@@ -135,8 +147,7 @@ def open_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     Raises:
         InputError: nothing loadable is there.
     """
-    path, _, revision = str(source).partition("@") if not Path(source).exists() else (str(source), "", "")
-    hf_model, tokenizer = load_pretrained(path, revision or None, "float32", False)
+    hf_model, tokenizer = load_pretrained(*split_revision(source), "float32", False)
     tensors = {name: tensor.detach().clone() for name, tensor in hf_model.state_dict().items()}
     return hf_model.config.to_dict(), tensors, tokenizer
 

@@ -27,7 +27,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from empathy_probes.batches import Pool, TokenBatch, pack_tokens, pad_tokens, row_positions
-from empathy_probes.checkpoints import DTYPES, first_line, load_pretrained, load_tokenizer, with_adapter
+from empathy_probes.checkpoints import (
+    DTYPES,
+    first_line,
+    load_pretrained,
+    load_tokenizer,
+    split_revision,
+    with_adapter,
+)
 from empathy_probes.errors import EmpathyProbesError, InputError
 from empathy_probes.interventions import Edit
 from empathy_probes.prompts import Style, render_messages, render_texts
@@ -739,8 +746,8 @@ def load_model(
         label = name or type(hf_model).__name__
         hf_model = copying.deepcopy(hf_model) if copy else hf_model
     else:
-        path, _, tagged = str(source).partition("@") if not Path(source).exists() else (str(source), "", "")
-        revision = revision or tagged or None
+        path, tagged = split_revision(source)
+        revision = revision or tagged
         label = name or str(source)
         hf_model, tokenizer = load_pretrained(path, revision, dtype, trust_remote_code)
     if adapter is not None:
