@@ -35,7 +35,6 @@ from empathy_probes.probes import (
     READING_FACTOR,
     cross_fitted_grade_losses,
     cross_fitted_losses,
-    cross_fitted_scores,
     is_binary,
 )
 from empathy_probes.stats import (
@@ -216,7 +215,12 @@ def measure_concept(
         ],
         np.float32,
     )
-    scores = np.stack([cross_fitted_scores(rows, codes, folds) for rows in normalised])
+    # Equal models are read once.
+    sides = [0, 0] if same_model else [0, 1]
+    read = [
+        permutation_null(normalised[i], codes, units, folds, null_draws, seed) for i in sorted(set(sides))
+    ]
+    scores = np.stack([read[i][0] for i in sides])
     rms = np.stack([a.rms for a in acts])
     return Measurement(
         concept=concept.name,
@@ -243,7 +247,7 @@ def measure_concept(
                 np.stack([x.rms / a.rms for x, a in zip(neutral, acts, strict=True)])
             ),
             stimuli,
-            scores,
+            [largest_p(_reading(own, codes), null) for own, null in read],
             seed,
             same_model,
             null_draws,
@@ -282,7 +286,7 @@ def _views(
     neutral: Sequence[np.ndarray],
     carried: NeutralMap,
     stimuli: StimulusSet,
-    scores: np.ndarray,
+    shuffled_p: list[np.ndarray],
     seed: int,
     same_model: bool,
     null_draws: int,
@@ -306,10 +310,8 @@ def _views(
     else:
         mapped = transfer(normalised[0], normalised[1], codes, folds, carried)
     sides = [0, 0] if same_model else [0, 1]
-    shuffled, random, whitened, losses, fine_losses = [], [], [], [], []
+    random, whitened, losses, fine_losses = [], [], [], []
     for i in sorted(set(sides)):
-        null = permutation_null(normalised[i], codes, units, folds, null_draws, seed)
-        shuffled.append(largest_p(_reading(scores[i], codes), null))
         gaps = [direction_gaps(d, neutral[i], null_draws, seed + c) for c, d in enumerate(differences[i])]
         observed, drawn = (np.mean(values, axis=0) for values in zip(*gaps, strict=True))
         random.append((1 + (drawn >= observed).sum(0)) / (len(drawn) + 1))
@@ -337,7 +339,7 @@ def _views(
         fine_losses=both(fine_losses),
         transfer=np.ascontiguousarray([plain, mapped]),
         map_error=np.zeros_like(carried.error) if same_model else carried.error,
-        shuffled_p=both(shuffled),
+        shuffled_p=both(shuffled_p),
         random_p=both(random),
         map_underdetermined=carried.underdetermined,
     )

@@ -19,6 +19,8 @@ from empathy_probes.stats import correlation, grouped_folds
 
 DRAWS = 999
 N_FOLDS = 5
+# Shuffles whose scores are sorted together: few enough for the processor's cache.
+AT_ONCE = 50
 
 
 def shuffle_within(units: Sequence[str], draws: int, seed: int) -> Int[np.ndarray, "draws n"]:
@@ -41,31 +43,38 @@ def permutation_null(
     folds: Int[np.ndarray, " n"],
     draws: int = DRAWS,
     seed: int = 0,
-) -> Float[np.ndarray, "draws layer"]:
-    """AUROC (grades: correlation) of the cross-fitted probe under shuffled labels; the mean over contrasts."""
-    order = shuffle_within(units, draws, seed)
+) -> tuple[Float[np.ndarray, "layer contrast n"], Float[np.ndarray, "draws layer"]]:
+    """Cross-fitted scores, and AUROC (grades: correlation) of the same probe under shuffled labels; the mean over contrasts.
+
+    The labels themselves and all their shuffles are read with one factorisation per fold and layer.
+    """
+    order = np.concatenate([np.arange(len(units))[None], shuffle_within(units, draws, seed)])
     read = _aurocs if is_binary(labels) else correlation
-    each = [
-        read(cross_fitted_scores(features, row[order], folds), row[order].astype(np.float64))
-        for row in labels
-    ]
-    return np.ascontiguousarray(np.mean(each, axis=0).T)
+    scores, null = [], []
+    for row in labels:
+        found = cross_fitted_scores(features, row[order], folds)
+        scores.append(found[:, 0].copy())
+        null.append(read(found[:, 1:], row[order[1:]].astype(np.float64)))
+    return np.stack(scores, 1), np.ascontiguousarray(np.mean(null, axis=0).T)
 
 
 def _aurocs(
     scores: Float[np.ndarray, "layer draws n"], labels: Float[np.ndarray, "draws n"]
 ) -> Float[np.ndarray, "layer draws"]:
     p, n = labels.sum(-1), labels.shape[-1]
+    bits = labels.astype(np.int64)
     wins = np.empty(scores.shape[:-1])
     for layer, values in enumerate(scores):
-        # One sort instead of ranks: the label travels in the last bit of its score.
-        tagged = (values.view(np.int64) & ~1) | labels.astype(np.int64)
-        ordered = np.sort(tagged.view(np.float64), axis=-1).view(np.int64)
-        wins[layer] = (ordered & 1) @ np.arange(1, n + 1)
-        plain = (ordered & ~1).view(np.float64)
-        tied = (plain[:, 1:] == plain[:, :-1]).any(-1)
-        if tied.any():
-            wins[layer, tied] = (rankdata(values[tied], axis=-1) * labels[tied]).sum(-1)
+        for first in range(0, len(values), AT_ONCE):
+            some = slice(first, first + AT_ONCE)
+            # One sort instead of ranks: the label travels in the last bit of its score.
+            tagged = (values[some].view(np.int64) & ~1) | bits[some]
+            ordered = np.sort(tagged.view(np.float64), axis=-1).view(np.int64)
+            wins[layer, some] = (ordered & 1) @ np.arange(1, n + 1)
+            plain = (ordered & ~1).view(np.float64)
+            tied = first + np.flatnonzero((plain[:, 1:] == plain[:, :-1]).any(-1))
+            if len(tied):
+                wins[layer, tied] = (rankdata(values[tied], axis=-1) * labels[tied]).sum(-1)
     return np.asarray((wins - p * (p + 1) / 2) / (p * (n - p)))
 
 

@@ -47,8 +47,8 @@ def paired_scores(
     folds: Int[np.ndarray, " n"],
 ) -> Float[np.ndarray, "layer contrast n"]:
     """Out-of-fold scores of one model's probes on another model's states of the same texts."""
-    a = np.swapaxes(fitted.astype(np.float64), 0, 1)
-    b = a if read is fitted else np.swapaxes(read.astype(np.float64), 0, 1)
+    a = np.swapaxes(np.asarray(fitted, np.float64), 0, 1)
+    b = a if read is fitted else np.swapaxes(np.asarray(read, np.float64), 0, 1)
     if a.shape[2] < min((folds != fold).sum() for fold in np.unique(folds)):
         return _few_columns(a, b, labels, folds)
     gram = a @ np.swapaxes(a, 1, 2)
@@ -77,22 +77,48 @@ def _few_columns(
     folds: Int[np.ndarray, " n"],
 ) -> Float[np.ndarray, "layer contrast n"]:
     """The same probe in its primal form, (x − x̄) (XᵀX + λI)⁻¹ Xᵀ y, where there are more texts than columns."""
-    targets = _targets(labels)
+    targets = np.ascontiguousarray(_targets(labels).T)
     held_out = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
-    scores = np.empty((len(fitted), targets.shape[1], targets.shape[0]))
+    parts = [targets[:, test] for test in held_out]
+    sums = [part.sum(1) for part in parts]
+    opposed = [_opposites(part) for part in parts]
+    scores = np.empty((len(fitted), *targets.shape))
     for layer, (x, z) in enumerate(zip(fitted, read, strict=True)):
         x, z = x - x.mean(0), z - x.mean(0)
-        inner = x.T @ x
-        aims = [targets[test].T @ x[test] for test in held_out]
-        for fold, test in enumerate(held_out):
-            out, train = x[test], np.setdiff1d(np.arange(len(x)), test)
-            many, mean = len(train), targets[train].mean(0)
+        of_fold = [x[test] for test in held_out]
+        inner = [out.T @ out for out in of_fold]
+        whole = sum(inner)
+        aims = [
+            part[:, one] @ (out[one] - out[other]) + part[:, alone] @ out[alone]
+            for part, out, (one, other, alone) in zip(parts, of_fold, opposed, strict=True)
+        ]
+        for fold, (test, out) in enumerate(zip(held_out, of_fold, strict=True)):
+            many = len(x) - len(test)
             centre = -out.sum(0) / many
-            left = inner - out.T @ out - many * np.outer(centre, centre)
+            left = whole - inner[fold] - many * np.outer(centre, centre)
             # Added up from the other folds, not taken off the whole: a text's own label must not even be in the rounding.
-            aim = sum(aims[:fold] + aims[fold + 1 :]) - many * np.outer(mean, centre)
-            scores[layer][:, test] = _apply(_factor(left, np.trace(left) / many), aim.T, z[test] - centre).T
+            aim, mean = (sum(each[:fold] + each[fold + 1 :]) for each in (aims, sums))
+            aim -= np.outer(mean, centre)
+            factor = _factor(left, np.trace(left) / many)
+            scores[layer][:, test] = _apply(factor, aim.T, z[test] - centre).T
     return scores
+
+
+def _opposites(targets: Float[np.ndarray, "contrast n"]) -> tuple[list[int], list[int], list[int]]:
+    """Pairs of texts that have opposite targets in every labelling, as minimal pairs have, and the other texts.
+
+    y x + (−y) x' is y (x − x'): half the products.
+    """
+    waiting: dict[bytes, list[int]] = {}
+    one, other = [], []
+    for i, column in enumerate(targets.T):
+        partners = waiting.get((-column).tobytes())
+        if partners:
+            one.append(partners.pop())
+            other.append(i)
+        else:
+            waiting.setdefault(column.tobytes(), []).append(i)
+    return one, other, sorted(i for left in waiting.values() for i in left)
 
 
 def _targets(labels: Num[np.ndarray, "contrast n"]) -> Float[np.ndarray, "n contrast"]:
@@ -101,7 +127,10 @@ def _targets(labels: Num[np.ndarray, "contrast n"]) -> Float[np.ndarray, "n cont
 
 def _factor(gram: Float[np.ndarray, "k k"], penalty: float) -> tuple[np.ndarray, bool]:
     """Cholesky factor of G + λI. A layer on which all texts agree has an empty G: any penalty gives the score 0."""
-    return cho_factor(gram + (penalty if penalty > 0 else 1.0) * np.eye(len(gram)), overwrite_a=True)
+    shifted = gram.copy()
+    shifted.flat[:: len(gram) + 1] += penalty if penalty > 0 else 1.0
+    # A symmetric matrix is its transpose, which LAPACK takes as it lies in memory.
+    return cho_factor(shifted.T, overwrite_a=True)
 
 
 def _apply(
@@ -110,7 +139,7 @@ def _apply(
     """read (G + λI)⁻¹ aim, with as many solves as there are labellings or rows to read, whichever are fewer."""
     if aim.shape[1] <= len(read):
         return read @ cho_solve(factor, aim)
-    return cho_solve(factor, read.T).T @ aim
+    return (aim.T @ cho_solve(factor, read.T)).T
 
 
 def is_binary(labels: Num[np.ndarray, "..."]) -> bool:

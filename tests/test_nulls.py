@@ -22,7 +22,8 @@ def test_labels_are_shuffled_within_scenarios_only() -> None:
 
 def test_every_shuffle_gets_the_probe_it_would_get_alone() -> None:
     x = np.random.default_rng(0).standard_normal((80, 2, 10))
-    null = permutation_null(x, LABELS[None], UNITS, FOLDS, draws=4, seed=3)
+    own, null = permutation_null(x, LABELS[None], UNITS, FOLDS, draws=4, seed=3)
+    np.testing.assert_allclose(own, cross_fitted_scores(x, LABELS[None], FOLDS), atol=1e-12)
     for draw, labels in enumerate(LABELS[shuffle_within(UNITS, 4, 3)]):
         for layer, scores in enumerate(cross_fitted_scores(x, labels[None], FOLDS)[:, 0]):
             np.testing.assert_allclose(null[draw, layer], roc_auc_score(labels, scores), atol=1e-12)
@@ -31,7 +32,7 @@ def test_every_shuffle_gets_the_probe_it_would_get_alone() -> None:
 def test_equal_scores_share_their_ranks_in_a_shuffle_too() -> None:
     x = np.random.default_rng(0).integers(0, 2, (80, 2, 3)).astype(float)
     x[:, 1] = 1.0
-    null = permutation_null(x, LABELS[None], UNITS, FOLDS, draws=4, seed=3)
+    null = permutation_null(x, LABELS[None], UNITS, FOLDS, draws=4, seed=3)[1]
     for draw, labels in enumerate(LABELS[shuffle_within(UNITS, 4, 3)]):
         scores = cross_fitted_scores(x, labels[None], FOLDS)[:, 0]
         np.testing.assert_allclose(null[draw], [roc_auc_score(labels, row) for row in scores], atol=1e-12)
@@ -43,14 +44,14 @@ def test_p_of_noise_is_uniform_and_of_a_signal_the_smallest_there_is() -> None:
     p = []
     for seed in range(60):
         x = rng.standard_normal((80, 2, 10))
-        observed = np.array(
-            [roc_auc_score(LABELS, s) for s in cross_fitted_scores(x, LABELS[None], FOLDS)[:, 0]]
-        )
-        p.append(largest_p(observed, permutation_null(x, LABELS[None], UNITS, FOLDS, 99, seed)).min())
+        own, null = permutation_null(x, LABELS[None], UNITS, FOLDS, 99, seed)
+        observed = np.array([roc_auc_score(LABELS, scores) for scores in own[:, 0]])
+        p.append(largest_p(observed, null).min())
     assert (np.array(p) <= 0.05).mean() <= 0.15 and np.mean(p) > 0.3
     x[..., 0] += 3 * LABELS[:, None]
-    observed = np.array([roc_auc_score(LABELS, s) for s in cross_fitted_scores(x, LABELS[None], FOLDS)[:, 0]])
-    assert (largest_p(observed, permutation_null(x, LABELS[None], UNITS, FOLDS, 99)) == 0.01).all()
+    own, null = permutation_null(x, LABELS[None], UNITS, FOLDS, 99)
+    observed = np.array([roc_auc_score(LABELS, scores) for scores in own[:, 0]])
+    assert (largest_p(observed, null) == 0.01).all()
 
 
 def test_a_direction_that_merely_varies_much_is_found_out_only_by_matched_directions() -> None:
