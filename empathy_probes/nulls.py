@@ -9,12 +9,13 @@ directions (isotropic) hardly ever is such a direction, which makes it too easy 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Float, Int, Num
 from scipy.stats import rankdata
 
-from empathy_probes.probes import cross_fitted_scores, is_binary
+from empathy_probes.probes import cross_fitted_scores, is_binary, shared_scores
 from empathy_probes.stats import correlation, grouped_folds
 
 DRAWS = 999
@@ -48,14 +49,15 @@ def permutation_null(
 
     The labels themselves and all their shuffles are read with one factorisation per fold and layer.
     """
-    order = np.concatenate([np.arange(len(units))[None], shuffle_within(units, draws, seed)])
+    order = shuffle_within(units, draws, seed)
     read = _aurocs if is_binary(labels) else correlation
-    scores, null = [], []
-    for row in labels:
-        found = cross_fitted_scores(features, row[order], folds)
-        scores.append(found[:, 0].copy())
-        null.append(read(found[:, 1:], row[order[1:]].astype(np.float64)))
-    return np.stack(scores, 1), np.ascontiguousarray(np.mean(null, axis=0).T)
+    first, scores = shared_scores(features, features, (labels[0][order], labels), folds)
+    others = (cross_fitted_scores(features, row[order], folds) for row in labels[1:])
+    null = [
+        read(found, row[order].astype(np.float64))
+        for found, row in zip(chain([first], others), labels, strict=True)
+    ]
+    return scores, np.ascontiguousarray(np.mean(null, axis=0).T)
 
 
 def _aurocs(

@@ -47,12 +47,23 @@ def paired_scores(
     folds: Int[np.ndarray, " n"],
 ) -> Float[np.ndarray, "layer contrast n"]:
     """Out-of-fold scores of one model's probes on another model's states of the same texts."""
+    return shared_scores(fitted, read, (labels,), folds)[0]
+
+
+def shared_scores(
+    fitted: Float[np.ndarray, "n layer d"],
+    read: Float[np.ndarray, "n layer d"],
+    labellings: Sequence[Num[np.ndarray, "_ n"]],
+    folds: Int[np.ndarray, " n"],
+) -> list[Float[np.ndarray, "layer _ n"]]:
+    """`paired_scores` of several sets of labellings, each to the last bit what it is alone."""
     a = np.swapaxes(np.asarray(fitted, np.float64), 0, 1)
     b = a if read is fitted else np.swapaxes(np.asarray(read, np.float64), 0, 1)
     if a.shape[2] < min((folds != fold).sum() for fold in np.unique(folds)):
-        return _few_columns(a, b, labels, folds)
+        return _few_columns(a, b, labellings, folds)
     gram = a @ np.swapaxes(a, 1, 2)
-    return _scores(gram, None if read is fitted else b @ np.swapaxes(a, 1, 2), labels, folds)
+    cross = None if read is fitted else b @ np.swapaxes(a, 1, 2)
+    return [_scores(gram, cross, labels, folds) for labels in labellings]
 
 
 def _scores(
@@ -73,42 +84,51 @@ def _scores(
 def _few_columns(
     fitted: Float[np.ndarray, "layer n d"],
     read: Float[np.ndarray, "layer n d"],
-    labels: Num[np.ndarray, "contrast n"],
+    labellings: Sequence[Num[np.ndarray, "_ n"]],
     folds: Int[np.ndarray, " n"],
-) -> Float[np.ndarray, "layer contrast n"]:
+) -> list[Float[np.ndarray, "layer _ n"]]:
     """The same probe in its primal form, (x − x̄) (XᵀX + λI)⁻¹ Xᵀ y, where there are more texts than columns."""
-    targets = np.ascontiguousarray(_targets(labels).T)
     held_out = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
-    parts = [targets[:, test] for test in held_out]
-    sums = [part.sum(1) for part in parts]
-    opposed = [_opposites(part) for part in parts]
-    scores = np.empty((len(fitted), *targets.shape))
+    asked = [_Labelling(labels, held_out) for labels in labellings]
+    scores = [np.empty((len(fitted), *labels.shape)) for labels in labellings]
     for layer, (x, z) in enumerate(zip(fitted, read, strict=True)):
         x, z = x - x.mean(0), z - x.mean(0)
         of_fold = [x[test] for test in held_out]
         inner = [out.T @ out for out in of_fold]
         whole = sum(inner)
-        aims = [
-            part[:, one] @ (out[one] - out[other]) + part[:, alone] @ out[alone]
-            for part, out, (one, other, alone) in zip(parts, of_fold, opposed, strict=True)
-        ]
+        aims = [labelling.aims(of_fold) for labelling in asked]
         for fold, (test, out) in enumerate(zip(held_out, of_fold, strict=True)):
             many = len(x) - len(test)
             centre = -out.sum(0) / many
             left = whole - inner[fold] - many * np.outer(centre, centre)
-            # Added up from the other folds, not taken off the whole: a text's own label must not even be in the rounding.
-            aim, mean = (sum(each[:fold] + each[fold + 1 :]) for each in (aims, sums))
-            aim -= np.outer(mean, centre)
             factor = _factor(left, np.trace(left) / many)
-            scores[layer][:, test] = _apply(factor, aim.T, z[test] - centre).T
+            for labelling, parts, found in zip(asked, aims, scores, strict=True):
+                # Added up from the other folds, not taken off the whole: a text's own label must not even be in the rounding.
+                aim, total = (sum(each[:fold] + each[fold + 1 :]) for each in (parts, labelling.totals))
+                aim -= np.outer(total, centre)
+                found[layer][:, test] = _apply(factor, aim.T, z[test] - centre).T
     return scores
 
 
-def _opposites(targets: Float[np.ndarray, "contrast n"]) -> tuple[list[int], list[int], list[int]]:
-    """Pairs of texts that have opposite targets in every labelling, as minimal pairs have, and the other texts.
+class _Labelling:
+    """Targets of every fold, and which texts have opposite ones in all labellings, as those of minimal pairs do."""
 
-    y x + (−y) x' is y (x − x'): half the products.
-    """
+    def __init__(self, labels: Num[np.ndarray, "contrast n"], held_out: Sequence[Int[np.ndarray, " test"]]):
+        targets = np.ascontiguousarray(_targets(labels).T)
+        self.targets = [targets[:, test] for test in held_out]
+        self.totals = [part.sum(1) for part in self.targets]
+        self.opposed = [_opposites(part) for part in self.targets]
+
+    def aims(self, of_fold: Sequence[Float[np.ndarray, "test d"]]) -> list[Float[np.ndarray, "contrast d"]]:
+        """Yᵀ X of every fold; y x + (−y) x' is y (x − x'), half the products."""
+        return [
+            part[:, one] @ (out[one] - out[other]) + part[:, alone] @ out[alone]
+            for part, out, (one, other, alone) in zip(self.targets, of_fold, self.opposed, strict=True)
+        ]
+
+
+def _opposites(targets: Float[np.ndarray, "contrast n"]) -> tuple[list[int], list[int], list[int]]:
+    """Texts whose targets are opposite in every labelling, two and two, and all others."""
     waiting: dict[bytes, list[int]] = {}
     one, other = [], []
     for i, column in enumerate(targets.T):
