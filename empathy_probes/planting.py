@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.torch import load_file
 
+from empathy_probes.activations import Activations
 from empathy_probes.batches import pad_tokens
 from empathy_probes.checkpoints import build_checkpoint, open_checkpoint
 from empathy_probes.concepts import Concept
@@ -49,6 +50,8 @@ from empathy_probes.surgery import (
 FITTED_TOKENS = 20_000
 # How much more the read position counts in that fit than another word.
 READ_WEIGHT = 10.0
+# Times that the strength of a concept handed on unread is measured and corrected.
+SIZED = 2
 # Directions of a concept scaled besides the one at the read position, where both texts of a pair have equal length.
 SPAN = 3
 
@@ -154,6 +157,8 @@ class Order:
     seed: int
     readings: Readings | None
     where: Subspace | None
+    size: float = 1.0
+    """How much stronger than it was a concept is handed on unread."""
 
 
 def _identical(o: Order) -> tuple[Checkpoint, Checkpoint]:
@@ -179,7 +184,7 @@ FAMILIES: dict[str, Callable[[Order], tuple[Checkpoint, Checkpoint]]] = {
     "planted": _with_concept(lambda o, w, a: planted(o.checkpoint, o.layer, o.keep, w, a)),
     "local": _with_concept(lambda o, w, a: planted(o.checkpoint, o.layer, o.keep, w, a, only_read=True)),
     "erased": _with_concept(lambda o, w, a: erased(o.checkpoint, o.layer, w, a, o.keep)),
-    "unread": _with_concept(lambda o, w, a: unread(o.checkpoint, o.layer, w, a, o.keep)),
+    "unread": _with_concept(lambda o, w, a: unread(o.checkpoint, o.layer, w, a, o.keep, o.size)),
     "unsaid": _with_concept(lambda o, w, a: unsaid(o.checkpoint, w)),
 }
 """Family to a function that makes base and twin of it; base computes what the checkpoint computes."""
@@ -226,9 +231,7 @@ def make_twin(
     if family not in TUNED or where is None or readings is None or concept is None or keep == 1:
         return made
     # What the neurons subtract is proportional to 1 - keep but, over a varying norm, not quite all that was asked for.
-    twin = load_model(
-        (build_checkpoint(made[1].config, made[1].tensors), model.tokenizer), device="cpu", copy=False
-    )
+    twin = _running(made[1], model)
     left = where.read[0] @ read_states(twin, concept, layer, checkpoint.layout.parallel, seed).difference
     taken = 1 - left / (where.read[0] @ readings.difference)
     if taken < 0.2 * (1 - keep):
@@ -236,7 +239,21 @@ def make_twin(
             f"the edit at block {layer} took {taken:.0%} of '{concept.name}', expected about {1 - keep:.0%}: it cannot be planted "
             "there; choose another block or concept"
         )
-    return FAMILIES[family](replace(order, keep=1 - (1 - keep) ** 2 / taken))
+    order = replace(order, keep=1 - (1 - keep) ** 2 / taken)
+    made = FAMILIES[family](order)
+    if family == "unread":
+        # Blocks that do not read a concept do not add to it either: it is handed on the stronger, as strong as it is on average.
+        asked = contrast_strengths(model, concept)[layer:]
+        for _ in range(SIZED):
+            lost = contrast_strengths(_running(made[1], model), concept)[layer:] / asked
+            order = replace(order, size=order.size / float(np.exp(np.log(lost).mean())))
+            made = FAMILIES[family](order)
+    return made
+
+
+def _running(checkpoint: Checkpoint, model: Model) -> Model:
+    made = build_checkpoint(checkpoint.config, checkpoint.tensors)
+    return load_model((made, model.tokenizer), device="cpu", copy=False)
 
 
 def check_order(
@@ -378,7 +395,24 @@ def measure_guards(folder: Path) -> dict[str, Float[np.ndarray, "layer d_model"]
 
 def mean_differences(model: Model, concept: Concept, store: Store) -> Float[np.ndarray, "layer d_model"]:
     """Mean of label 1 minus label 0 at the read position after every block, raw units."""
+    return _mean_difference(_after_blocks(model, concept, store).acts, concept)
+
+
+def contrast_strengths(model: Model, concept: Concept) -> Float[np.ndarray, " layer"]:
+    """Length of the same in units of the rms."""
+    store = open_store("memory://strengths")
+    found = _mean_difference(_after_blocks(model, concept, store).normalised, concept)
+    store.clear()
+    return np.asarray(np.linalg.norm(found, axis=-1))
+
+
+def _after_blocks(model: Model, concept: Concept, store: Store) -> Activations:
     prompts = render(model.tokenizer, concept.stimuli, "raw", concept.speaker)
-    acts = extract(model, prompts, ("resid_post",), range(model.n_layers), store)["resid_post"].acts
+    return extract(model, prompts, ("resid_post",), range(model.n_layers), store)["resid_post"]
+
+
+def _mean_difference(
+    acts: Float[np.ndarray, "item layer d_model"], concept: Concept
+) -> Float[np.ndarray, "layer d_model"]:
     labels = np.array([float(item.label) for item in concept.stimuli.items])
     return acts[labels == 1].mean(0).astype(float) - acts[labels == 0].mean(0).astype(float)

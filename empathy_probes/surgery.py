@@ -508,9 +508,9 @@ def generic_gain(
 
 
 def unread(
-    c: Checkpoint, k: int, where: Subspace, arrivals: Arrivals, keep: float = 0.0
+    c: Checkpoint, k: int, where: Subspace, arrivals: Arrivals, keep: float = 0.0, size: float = 1.0
 ) -> tuple[Checkpoint, Checkpoint]:
-    """Block k hands the concept on, as strong as it was, where neither later blocks nor the head read.
+    """Block k hands the concept on, `size` times as strong as it was, where neither later blocks nor the head read.
 
     At the read position it is moved from its own direction to one that later reads hardly see, and what they see of that is
     taken out of them. (That later blocks merely do not read the concept where it lies is not enough: the head reads it off the
@@ -520,7 +520,7 @@ def unread(
         (base, twin), both widened alike: they are the same before block k.
     """
     aside = _least_read(c, k, where)
-    moved = Subspace(where.write[:, :1] - aside[:, None], where.read[:1], where.centre)
+    moved = Subspace(where.write[:, :1] - size * aside[:, None], where.read[:1], where.centre)
     base, twin = planted(c, k, keep, moved, arrivals, only_read=True)
     lay, new = c.layout, {}
     reads = [place for layer in range(k + 1, c.n_layers) for place in lay.reads(layer)]
