@@ -2,8 +2,8 @@
 
 Attacks on the analyst: shuffled labels, a keyword that gives the label away, a template frame that differs between the
 models, texts missing in one model, correlated scenarios without `cluster`. Ablations: raw units instead of the rms, the
-gap along a cross-fitted direction instead of U, pointwise instead of simultaneous bands, isotropic instead of
-covariance-matched random directions.
+gap along a cross-fitted direction instead of U, isotropic instead of covariance-matched random directions. (Pointwise
+instead of simultaneous bands is a metric of every cell, `pointwise_band`.)
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from jaxtyping import Float
 
 from empathy_probes.errors import InputError
 from empathy_probes.grammar import stimuli_rows
-from empathy_probes.kernels import pair_kernels
+from empathy_probes.measurements import measure_concept
 from empathy_probes.nulls import direction_gaps
 from empathy_probes.probes import N_FOLDS, lexical_scores
 from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrasts_of, redraw
-from empathy_probes.scorecard import Case, Row, Target, mean_row, proportion_row
+from empathy_probes.scorecard import Row, Target, mean_row, proportion_row
+from empathy_probes.secondary import Exhibit
 from empathy_probes.stats import auroc_interval, critical_t, grouped_folds
 
 CLUSTER = 5
@@ -39,27 +40,35 @@ def shuffled_labels(population: Population, n: int, redraws: int, seed: int) -> 
     return redraw(replace(population, samples=tuple(samples)), n, redraws, seed)
 
 
-def keyword_leak(n: int, draws: int, seed: int) -> Float[np.ndarray, " draw"]:
-    """Whether the lexical floor reads a word that gives the label away, per draw of texts."""
+def keyword_leak(n: int, draws: int, seed: int, *, leaked: bool = True) -> Float[np.ndarray, " draw"]:
+    """Whether the lexical floor reads a word that gives the label away, per draw of texts that say nothing else of it."""
     caught = []
     for draw in range(draws):
-        rows = stimuli_rows("tense", n, seed + draw)
-        texts = [f"We {row['text']}" if row["label"] else row["text"] for row in rows]
+        rows = stimuli_rows("tense", n, seed + draw, doubt=1.0)
+        texts = [f"Well , {row['text']}" if leaked and row["label"] else row["text"] for row in rows]
         labels, units = np.array([int(row["label"]) for row in rows]), [row["scenario"] for row in rows]
         floor = auroc_interval(lexical_scores(texts, labels[None], units, draw), labels, units)
         caught.append(float(floor.lower[0] > 0.9))
     return np.array(caught)
 
 
-def missing_items(population: Population, n: int) -> bool:
-    """Whether kernels over different scenarios are refused."""
-    sample = population.samples[0]
-    whole, part = sample.kernels(np.arange(n))[0], sample.kernels(np.arange(n - 5))[1]
-    try:
-        pair_kernels(whole, part)
-    except InputError:
-        return True
-    return False
+def missing_texts(exhibit: Exhibit, draws: int, seed: int) -> Float[np.ndarray, " draw"]:
+    """Whether a study is refused in which either model has not read some of the texts."""
+    caught = []
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, 61, draw])
+        acts = list(exhibit.acts)
+        model, many = draw % 2, len(acts[0].acts)
+        kept = np.sort(rng.choice(many, many - int(rng.integers(1, 10)), replace=False))
+        acts[model] = replace(acts[model], acts=acts[model].acts[kept])
+        words = np.zeros((1, many))
+        try:
+            measure_concept(exhibit.concept, "raw", acts, exhibit.neutral, words, draw, False, null_draws=1)
+        except InputError:
+            caught.append(1.0)
+        else:
+            caught.append(0.0)
+    return np.array(caught)
 
 
 def correlated(
@@ -112,17 +121,6 @@ def gap_attenuation(sample: Sample, rows: np.ndarray, layer: int, seed: int) -> 
     return value, value - reach, value + reach
 
 
-def pointwise_alarms(case: Case, margin: float = 0.10) -> Float[np.ndarray, " redraw"]:
-    """False alarms if `specific` were decided on its pointwise interval at any target and block."""
-    o = case.outcomes
-    k = CURVES.index("specific")
-    truth = case.truth("specific")
-    innocent = (abs(truth) <= margin) & (case.truth("base") > 0.1).all(0)
-    innocent &= np.array([name != case.concept for name in o.targets])[:, None]
-    lower, upper = o.curves[..., k, 1], o.curves[..., k, 2]
-    return (((lower > margin) | (upper < 1 - 1 / (1 - margin))) & innocent).any((1, 2)).astype(float)
-
-
 def dominant_direction(isotropic: bool, draws: int, seed: int) -> Float[np.ndarray, " draw"]:
     """Whether a contrast that merely lies along the axis of largest variance is called more than chance (p < .05)."""
     called = []
@@ -143,6 +141,7 @@ def attack_rows(
     planted: Population,
     framed: Population,
     scaled: Population,
+    shown: Exhibit,
     architecture: str,
     concept: str,
     layer: int,
@@ -156,6 +155,7 @@ def attack_rows(
         planted: a twin in which `concept` was planted at `layer`.
         framed: equal weights, the aligned model's texts in another frame.
         scaled: a rescaled twin.
+        shown: the planted twin's states of `concept`.
         architecture: of the base.
         concept: what was planted.
         layer: where.
@@ -163,67 +163,63 @@ def attack_rows(
         redraws: per row.
         seed: of everything drawn.
     """
+    rare, often = Target(most=0.05, consistent=True), Target(0.95)
+
+    def row(name: str, metric: str, values: np.ndarray, target: Target | None = None, of: str = "") -> Row:
+        return proportion_row(name, architecture, of, n, metric, values, target)
+
     sample = next(s for s in planted.samples if s.concept == concept)
-    rows: list[Row] = []
-
-    def add(name: str, metric: str, values: np.ndarray, target: Target | None = None, what: str = "") -> None:
-        rows.append(proportion_row(name, architecture, what, n, metric, values, target))
-
-    def alarms(outcomes: Outcomes) -> np.ndarray:
-        return np.isin(outcomes.decisions, (1, 2)).any((1, 2)).astype(float)
-
-    add(
-        "attack: shuffled labels",
-        "false_alarm",
-        alarms(shuffled_labels(planted, n, redraws, seed)),
-        Target(most=0.05),
-    )
-    add("attack: keyword leak", "caught", keyword_leak(n, min(redraws, 40), seed), Target(0.95))
-    add("attack: another template frame", "false_alarm", alarms(redraw(framed, n, redraws, seed)))
-    add(
-        "attack: texts missing in one model",
-        "caught",
-        np.array([float(missing_items(planted, n))] * 2),
-        Target(0.95),
-    )
     without, within = correlated(planted, sample, planted.layers.index(layer), n * 2, redraws, seed)
-    add("attack: scenarios told five times, no cluster", "coverage_attenuation", without, None, concept)
-    add(
-        "attack: scenarios told five times, cluster given",
-        "coverage_attenuation",
-        within,
-        Target(0.92),
-        concept,
+    swapped = _decisions(shuffled_labels(planted, n, redraws, seed))
+    texts = min(redraws, 40)
+    return (
+        row("attack: shuffled labels", "false_alarm", swapped, rare),
+        row("attack: keyword leak", "caught", keyword_leak(n, texts, seed), often),
+        row("attack: keyword leak, without the keyword", "caught", keyword_leak(n, texts, seed, leaked=False), rare),
+        row("attack: another template frame", "false_alarm", _decisions(redraw(framed, n, redraws, seed)), rare),
+        row("attack: texts missing in one model", "caught", missing_texts(shown, texts, seed), often),
+        row("attack: scenarios told five times, no cluster", "coverage_attenuation", without, None, concept),
+        row("attack: scenarios told five times, cluster given", "coverage_attenuation", within,
+            Target(0.92, consistent=True), concept),
+        *_ablations(planted, scaled, sample, architecture, layer, n, redraws, seed),
+    )  # fmt: skip
+
+
+def _decisions(outcomes: Outcomes) -> Float[np.ndarray, " redraw"]:
+    return np.isin(outcomes.decisions, (1, 2)).any((1, 2)).astype(float)
+
+
+def _ablations(
+    planted: Population,
+    scaled: Population,
+    sample: Sample,
+    architecture: str,
+    layer: int,
+    n: int,
+    redraws: int,
+    seed: int,
+) -> tuple[Row, ...]:
+    k, at = CURVES.index("attenuation"), planted.layers.index(layer)
+    # `specific` forgives a change of units, because controls share it: the size of the attenuation itself does not.
+    raw = redraw(in_raw_units(scaled), n, redraws, seed).curves[:, 0, at, k, 0]
+    targets = [s.concept for s in planted.of_role("target")]
+    truth = planted.truth[targets.index(sample.concept), at, k]
+    drawn = [np.random.default_rng([seed, 51, r]).choice(sample.n, n, replace=False) for r in range(redraws)]
+    found = np.array([gap_attenuation(sample, rows, at, r) for r, rows in enumerate(drawn)])
+    held = ((found[:, 1] <= truth) & (truth <= found[:, 2])).astype(float)
+    gap = ("ablation: cross-fitted gap", architecture, sample.concept, n)
+    return (
+        mean_row("ablation: raw units, rescaled twin", architecture, "", n, "bias", raw),
+        mean_row(*gap, "bias", found[:, 0] - truth),
+        proportion_row(*gap, "coverage_attenuation", held),
     )
 
-    # `specific` forgives a change of units, because controls share it: the size of the attenuation itself does not.
-    raw = redraw(in_raw_units(scaled), n, redraws, seed).curves[:, 0, planted.layers.index(layer)]
-    rows.append(
-        mean_row(
-            "ablation: raw units, rescaled twin",
-            architecture,
-            "",
-            n,
-            "bias",
-            raw[:, CURVES.index("attenuation"), 0],
-        )
+
+def null_rows(draws: int, seed: int) -> tuple[Row, ...]:
+    """Isotropic instead of covariance-matched random directions; on made-up states, because a phantom's vary about evenly."""
+    name, said = "ablation: {} random directions", ("made-up states", "", 60, "false_alarm")
+    isotropic, matched = (dominant_direction(i, draws, seed) for i in (True, False))
+    return (
+        proportion_row(name.format("isotropic"), *said, isotropic),
+        proportion_row(name.format("covariance-matched"), *said, matched, Target(most=0.05, consistent=True)),
     )
-    truth = planted.truth[
-        [s.concept for s in planted.of_role("target")].index(concept), layer, CURVES.index("attenuation")
-    ]
-    found = np.array([
-        gap_attenuation(sample, np.random.default_rng([seed, 51, r]).choice(sample.n, n, replace=False), layer, r)
-        for r in range(redraws)
-    ])  # fmt: skip
-    rows.append(mean_row("ablation: cross-fitted gap", architecture, concept, n, "bias", found[:, 0] - truth))
-    add(
-        "ablation: cross-fitted gap",
-        "coverage_attenuation",
-        ((found[:, 1] <= truth) & (truth <= found[:, 2])).astype(float),
-        None,
-        concept,
-    )
-    for isotropic, name in ((True, "isotropic"), (False, "covariance-matched")):
-        add(f"ablation: {name} random directions", "false_alarm", dominant_direction(isotropic, min(redraws, 60), seed),
-            None if isotropic else Target(most=0.3))  # fmt: skip
-    return tuple(rows)

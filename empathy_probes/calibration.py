@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from empathy_probes import __version__
 from empathy_probes.activations import Activations
-from empathy_probes.attacks import attack_rows, pointwise_alarms
+from empathy_probes.attacks import attack_rows, null_rows
 from empathy_probes.concepts import Concept
 from empathy_probes.design import neutral_set
 from empathy_probes.errors import InputError
@@ -164,7 +164,7 @@ def run_calibration(
 ) -> Scorecard:
     """The same for a chosen set of twins."""
     out = Path(out)
-    _claim(out, options)
+    code = _claim(out, options)
     tasks = [(twin, _share(twin, options)) for twin in options.twins]
     todo = [task for task in tasks if not all(path.is_file() for path in _parts(out, task[0], options))]
     workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
@@ -177,22 +177,9 @@ def run_calibration(
     attacked = _attacked(options, out, phantoms)
     cases = [_case(twin, load_record(_part(out, twin, n), {"Outcomes": Outcomes}))
              for twin, _ in tasks for n in options.sizes]  # fmt: skip
-    pointwise = [
-        proportion_row(
-            "ablation: pointwise bands",
-            case.architecture,
-            "",
-            case.outcomes.n,
-            "false_alarm",
-            pointwise_alarms(case),
-            None,
-        )
-        for case in cases
-        if case.family == "continued"
-    ]
     card = Scorecard(
-        (*score(cases), *_measured(options, out), *_rehearsed(options, out), *attacked, *pointwise),
-        _provenance(options),
+        (*score(cases), *_measured(options, out), *_rehearsed(options, out), *attacked),
+        {**_provenance(options), "code": code},
     )
     card.save(out)
     return card
@@ -215,11 +202,12 @@ def _attacked(options: Options, out: Path, phantoms: str | Path | None) -> tuple
                 population(Twin(base, "planted", concept, layer, keep), few, phantoms),
                 population(Twin(base, "identical"), few, phantoms, frame="We met . "),
                 population(Twin(base, "rescaled"), few, phantoms),
+                exhibit(Twin(base, "planted", concept, layer, keep), few, phantoms),
                 architecture, concept, layer, 100, options.attack_redraws, options.seed,
             )  # fmt: skip
             write_file(path, json.dumps([asdict(row) for row in made]).encode())
         rows += [Row(**row) for row in json.loads(path.read_text(encoding="utf8"))]
-    return tuple(rows)
+    return (*rows, *null_rows(options.attack_redraws, options.seed))
 
 
 def _completed(
@@ -456,20 +444,29 @@ def _provenance(options: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _claim(out: Path, options: Options) -> None:
-    """Refuse a folder that holds parts of another scorecard; mark an empty one as this one's."""
+def _claim(out: Path, options: Options) -> list[str]:
+    """Refuse a folder that holds parts of another scorecard; mark an empty one as this one's.
+
+    Returns:
+        Digests of the package's source that its parts were made with.
+    """
     mine = digest_of([asdict(options), __version__])
     mark = out / "parts" / "options.json"
+    code = digest_of([path.read_text(encoding="utf8") for path in sorted(Path(__file__).parent.glob("*.py"))])
+    found = {"digest": mine, "options": asdict(options), "code": [code]}
     if mark.is_file():
-        theirs = json.loads(mark.read_text(encoding="utf8"))["digest"]
-        if theirs != mine:
+        found = json.loads(mark.read_text(encoding="utf8"))
+        if found["digest"] != mine:
             raise InputError(
                 f"'{out}' holds parts of a scorecard with other options, expected none or the same; choose another --out"
             )
-        return
-    if out.exists() and any(out.iterdir()):
+        if code not in found.setdefault("code", []):
+            logger.warning("'%s' goes on with other code than it was begun with; its scorecard says so", out)
+            found["code"].append(code)
+    elif any(path.is_file() for path in out.rglob("*")):
         raise InputError(
             f"'{out}' is not empty and holds no scorecard's parts, expected an empty or new folder; choose another --out"
         )
     mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps({"digest": mine, "options": asdict(options)}, indent=1), encoding="utf8")
+    write_file(mark, json.dumps(found, indent=1).encode())
+    return list(found["code"])

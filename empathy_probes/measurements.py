@@ -27,6 +27,7 @@ from empathy_probes.coding import (
 )
 from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import Contrast, compare
+from empathy_probes.errors import InputError
 from empathy_probes.geometry import transfer, whitened_kernels, whitening_covariance
 from empathy_probes.kernels import cross_kernels, strength_kernels
 from empathy_probes.nulls import DRAWS, direction_gaps, largest_p, permutation_null
@@ -200,6 +201,12 @@ def measure_concept(
         carried: the map that the neutral texts give in units of their own rms, where it is known already.
     """
     stimuli = concept.stimuli
+    for side, own in zip(("base", "aligned"), acts, strict=True):
+        if len(own.acts) != len(stimuli.items):
+            raise InputError(
+                f"the {side} model has read {len(own.acts)} of the {len(stimuli.items)} texts of '{concept.name}', expected all of "
+                "them; extract the same texts in both models"
+            )
     labels, units = label_numbers(stimuli), [item.unit for item in stimuli.items]
     codes = contrast_codes(stimuli.kind, labels)
     folds = grouped_folds(units, N_FOLDS, seed)

@@ -167,7 +167,25 @@ class Outcomes:
     def covers(self) -> Bool[np.ndarray, "redraw target layer curve"]:
         """Which intervals hold the truth; an open end (NaN) holds everything on its side."""
         cut = np.array([name in ("base", "aligned") for name in CURVES])
-        return holds(self.truth, self.curves, (self.n / self.population)[:, None, None], cut, ~cut)
+        drawn = np.broadcast_to((self.n / self.population)[:, None, None], self.truth.shape).copy()
+        # Relative to controls, of which there are as many scenarios as of the smallest target.
+        drawn[..., [CURVES.index("specific"), CURVES.index("band")]] = self.n / self.population.min()
+        return holds(self.truth, self.curves, drawn, cut, ~cut)
+
+    def beyond(
+        self, margin: float
+    ) -> tuple[Bool[np.ndarray, "redraw target layer"], Bool[np.ndarray, "redraw target layer"]]:
+        """Which bands would lie below and above the margin (attenuated, amplified) if errors were those of fresh scenarios.
+
+        A sample without replacement errs by sqrt(1 - n/N) of that, and decisions on it would look surer than they are: the
+        band is moved, on the scale of log keep, by what the error lacks.
+        """
+        value, lower, upper = np.moveaxis(self.curves[..., CURVES.index("band"), :].astype(np.float64), -1, 0)
+        lacks = 1 / np.sqrt(1 - self.n / self.population.min()) - 1
+        with np.errstate(divide="ignore", invalid="ignore"):
+            error = np.log1p(-value) - np.log1p(-self.truth[..., CURVES.index("band")])
+            moved = np.exp(lacks * np.where(np.isfinite(error), error, 0.0))
+        return 1 - (1 - lower) * moved > margin, 1 - (1 - upper) * moved < -margin
 
 
 def holds(

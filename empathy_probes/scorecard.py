@@ -1,8 +1,8 @@
 """The instrument's own scorecard: how often its intervals hold a known truth, and how often it decides rightly.
 
 A cell is family of pairs × architecture × concept × number of scenarios. Its metrics are proportions over the redraws of
-all pairs in the cell, with Wilson intervals, or means with t intervals. A metric with a target is met when its
-interval reaches into the target: a cell fails when its data say so, not when they are few.
+all pairs in the cell, with Wilson intervals, or means with t intervals. A rate that must be consistent with a nominal one
+(coverage, false alarms) meets its target where its interval reaches into it; everything else must lie in its target itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 COLUMNS = ("family", "architecture", "concept", "n", "metric", "value", "lower", "upper", "target", "met")
 ATTENUATED, AMPLIFIED, EQUIVALENT = (DECISIONS.index(w) for w in ("attenuated", "amplified", "equivalent"))
 MARGIN = 0.10
-# Strength of all targets from which on a block of a phantom is said to carry its concepts.
+# Strength from which on a block of a phantom is said to carry a concept.
 CARRIED = 0.1
 # Twins whose residual stream holds exactly what their base's does: everything must be equivalent.
 EXACT = ("identical", "rotated", "rescaled", "unsaid")
@@ -68,6 +68,8 @@ class Target:
 
     least: int | float = -np.inf
     most: int | float = np.inf
+    consistent: bool = False
+    """It is enough that the interval reaches there."""
 
     def __str__(self) -> str:
         if np.isinf(self.least):
@@ -75,8 +77,9 @@ class Target:
         return f"≥ {self.least:g}" if np.isinf(self.most) else f"{self.least:g} to {self.most:g}"
 
     def met_by(self, estimate: Estimate) -> bool:
-        """Whether the estimate's interval reaches into the target."""
-        return bool(estimate.upper >= self.least and estimate.lower <= self.most)
+        """Whether the estimate, or where that is enough its interval, reaches into the target."""
+        low, high = (estimate.lower, estimate.upper) if self.consistent else (estimate.value, estimate.value)
+        return bool(high >= self.least and low <= self.most)
 
 
 @dataclass(frozen=True)
@@ -102,23 +105,40 @@ def _coverage(curve: str) -> Callable[[Case], np.ndarray | None]:
         lower, upper = case.outcomes.curves[:, t, layer, k, 1:].T
         # Before a planted block nothing differs, exactly: an interval without width is no test of an interval.
         shown = ~(np.isnan(lower) & np.isnan(upper)) & ~(upper - lower < 1e-9)
-        return np.where(shown, case.outcomes.covers()[:, t, layer, k], np.nan)
+        # Nothing is compatible with the data, though the base is detected: a miss, not a blank.
+        empty = (
+            np.isnan(lower)
+            & np.isnan(upper)
+            & (case.outcomes.curves[:, t, layer, CURVES.index("base"), 1] > 0)
+        )
+        return np.where(shown, case.outcomes.covers()[:, t, layer, k], np.where(empty, 0.0, np.nan))
 
     return measure
 
 
-def _band(case: Case) -> np.ndarray | None:
-    """The simultaneous band holds the truth of every target at every layer where it is drawn and concepts are carried.
+def _all_at_once(curve: str) -> Callable[[Case], np.ndarray | None]:
+    """Whether the intervals of all targets at all layers together hold the truth, where all controls are carried.
 
-    Before that the truth itself is not defined: it is relative to controls that the instrument leaves out as undetected. So it
-    is where a control is not carried yet.
+    Before that the truth itself is not defined: it is relative to controls that the instrument leaves out as undetected.
     """
-    if case.family in EXACT:
-        return None
-    k = CURVES.index("band")
-    carried = (case.truth("base") > CARRIED).all(0) & (case.outcomes.controls > CARRIED).all(0)
-    blank = np.isnan(case.outcomes.curves[..., k, 1:]).all(-1) | np.isnan(case.truth("band")) | ~carried
-    return (case.outcomes.covers()[..., k] | blank).all((1, 2)).astype(float)
+
+    def measure(case: Case) -> np.ndarray | None:
+        if case.family in EXACT:
+            return None
+        k = CURVES.index(curve)
+        blank = (
+            np.isnan(case.outcomes.curves[..., k, 1:]).all(-1)
+            | np.isnan(case.truth(curve))
+            | ~_referred(case)
+        )
+        return (case.outcomes.covers()[..., k] | blank).all((1, 2)).astype(float)
+
+    return measure
+
+
+def _referred(case: Case) -> Bool[np.ndarray, " layer"]:
+    """Layers at which all controls are carried."""
+    return np.asarray((case.outcomes.controls > CARRIED).all(0))
 
 
 def _error(case: Case) -> np.ndarray | None:
@@ -132,30 +152,29 @@ def _error(case: Case) -> np.ndarray | None:
     return estimate - case.truth("attenuation")[t, layer]
 
 
-def _claims(case: Case) -> Bool[np.ndarray, "redraw target layer"]:
-    return np.isin(case.outcomes.decisions, (ATTENUATED, AMPLIFIED))
-
-
 def _false_alarm(case: Case) -> np.ndarray:
     """Any decision about a target that nothing was planted in, at any layer where the truth is within the margin."""
-    truth = case.truth("specific")
-    innocent = (truth <= MARGIN) & (truth >= -MARGIN) & (case.truth("base") > CARRIED).all(0)
-    others = np.array([name != case.concept for name in case.outcomes.targets])[:, None]
-    return (_claims(case) & innocent & others).any((1, 2)).astype(float)
+    truth, o = case.truth("specific"), case.outcomes
+    innocent = (truth <= MARGIN) & (truth >= -MARGIN) & _referred(case)
+    others = np.array([name != case.concept for name in o.targets])[:, None]
+    attenuated, amplified = o.beyond(MARGIN)
+    claimed = np.isin(o.decisions, (ATTENUATED, AMPLIFIED)) | ((attenuated | amplified) & (o.decisions != 0))
+    return (claimed & innocent & others).any((1, 2)).astype(float)
 
 
 def _decided(case: Case) -> np.ndarray | None:
     if case.concept is None:
         return None
     t, layer = case.place
-    return (case.outcomes.decisions[:, t, layer] == ATTENUATED).astype(float)
+    claimed = (case.outcomes.decisions == ATTENUATED) & case.outcomes.beyond(MARGIN)[0]
+    return claimed[:, t, layer].astype(float)
 
 
 def _equivalent(case: Case) -> np.ndarray | None:
-    """Share of (target, layer) shown equivalent."""
+    """Every target shown equivalent at every layer that carries it, and nothing else said where none does."""
     if case.family not in EXACT:
         return None
-    blank = case.outcomes.decisions == 0
+    blank = (case.outcomes.decisions == 0) & (case.truth("base") <= CARRIED)
     return ((case.outcomes.decisions == EQUIVALENT) | blank).all((1, 2)).astype(float)
 
 
@@ -201,15 +220,17 @@ def _planted_at(n: int) -> Callable[[Case], bool]:
     return lambda case: case.family == "planted" and case.outcomes.n == n
 
 
-COVERAGE = Target(0.92, 0.98)
+COVERAGE = Target(0.92, 0.98, consistent=True)
 METRICS: dict[str, Metric] = {
     **{f"coverage_{curve}": Metric(_coverage(curve), True, _always(COVERAGE)) for curve in CURVES[:4]},
     # The controls of a phantom are a fixed set, but `specific` speaks about controls in general: it may cover more.
-    "coverage_specific": Metric(_coverage("specific"), True, _always(Target(0.92))),
-    "coverage_band": Metric(_band, True, _always(Target(0.95))),
+    "coverage_specific": Metric(_coverage("specific"), True, _always(Target(0.92, consistent=True))),
+    "coverage_band": Metric(_all_at_once("band"), True, _always(Target(0.95, consistent=True))),
+    # What simultaneous bands are for: pointwise intervals, asked to hold everything at once.
+    "pointwise_band": Metric(_all_at_once("specific"), True, lambda c: None),
     "bias": Metric(_error, False, _when(Target(-0.03, 0.03), _keeps(0.25))),
     "rmse": Metric(lambda c: None if (e := _error(c)) is None else e**2, False, lambda c: None),
-    "false_alarm": Metric(_false_alarm, True, _always(Target(most=0.05))),
+    "false_alarm": Metric(_false_alarm, True, _always(Target(most=0.05, consistent=True))),
     "decided": Metric(
         _decided, True,
         _when(Target(0.90), lambda c: c.family == "planted" and c.keep == 0.25 and c.outcomes.n >= 100),
@@ -228,12 +249,13 @@ METRIC_WORDS = {
     "coverage_difference": "The same of the difference of strengths.",
     "coverage_attenuation": "The same of attenuation (pointwise).",
     "coverage_specific": "The same of attenuation beyond the controls. It speaks about controls in general, so it may hold more than 95 %.",
-    "coverage_band": "Share of redraws whose simultaneous band holds the truth of all targets at all blocks together.",
+    "coverage_band": "Share of redraws whose simultaneous band holds the truth of all targets at all blocks (that carry all controls) together.",
+    "pointwise_band": "The same of the pointwise intervals of specific: what happens without simultaneous bands.",
     "bias": "Mean error of the estimated attenuation at the planted block, of all redraws, also of those that print a bound only.",
     "rmse": "Root mean square of the same error.",
-    "false_alarm": "Share of redraws in which anything is decided of a concept that nothing was planted in, at any block where its truth lies within the margin.",
-    "decided": "Share of redraws in which the planted concept is called attenuated at the planted block.",
-    "equivalent": "Share of redraws in which every target is shown equivalent at every block (pairs that compute the same).",
+    "false_alarm": "Share of redraws in which anything is decided of a concept that nothing was planted in, at any block (that carries all controls) where its truth lies within the margin, with errors as large as those of fresh scenarios.",
+    "decided": "Share of redraws in which the planted concept is called attenuated at the planted block, with errors as large as those of fresh scenarios.",
+    "equivalent": "Share of redraws in which every target is shown equivalent at every block that carries it (pairs that compute the same).",
     "onset_contains": "Share of redraws whose onset set holds the block where the truth first exceeds the margin.",
     "onset_size": "Mean number of blocks in the onset set, of six.",
     "two_sided": "Share of redraws whose interval of attenuation has both ends.",
@@ -388,7 +410,7 @@ def proportion_row(
     n: int,
     metric: str,
     entries: Float[np.ndarray, " n"],
-    target: Target | None,
+    target: Target | None = None,
 ) -> Row:
     """A row from zeros and ones."""
     estimate = binomial_interval(int(entries.sum()), len(entries))

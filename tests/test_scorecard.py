@@ -19,7 +19,8 @@ from empathy_probes.attacks import (
     gap_attenuation,
     in_raw_units,
     keyword_leak,
-    missing_items,
+    missing_texts,
+    null_rows,
     shuffled_labels,
 )
 from empathy_probes.calibration import Options, Twin, calibrate, full_twins, run_calibration
@@ -27,7 +28,7 @@ from empathy_probes.errors import InputError
 from empathy_probes.kernels import strength_kernels, u_statistic
 from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import FAMILIES, TRAINED, list_bases
-from empathy_probes.redraws import CURVES, Population, Sample, redraw
+from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, redraw
 from empathy_probes.scorecard import METRIC_WORDS, METRICS, Case, Scorecard, Target, load_scorecard, score
 from empathy_probes.scorepage import render_scorecard, write_scorecard
 from empathy_probes.secondary import MEASURES, Exhibit, proportions, read_redraws
@@ -148,10 +149,48 @@ def test_equal_models_stay_equal_in_every_redraw() -> None:
     assert (outcomes.decisions == 3).all() and (outcomes.curves[..., CURVES.index("band"), :] == 0).all()
 
 
-def test_a_target_is_met_when_the_interval_reaches_it() -> None:
-    assert Target(0.92, 0.98).met_by(Estimate(0.90, 0.87, 0.93, 100))
-    assert not Target(0.92, 0.98).met_by(Estimate(0.90, 0.88, 0.91, 1000))
+def test_a_rate_must_be_consistent_with_its_target_and_anything_else_in_it() -> None:
+    coverage = Target(0.92, 0.98, consistent=True)
+    assert coverage.met_by(Estimate(0.90, 0.87, 0.93, 100))
+    assert not coverage.met_by(Estimate(0.90, 0.88, 0.91, 1000))
+    assert not Target(0.90).met_by(Estimate(0.84, 0.71, 0.92, 50))
     assert str(Target(most=0.05)) == "≤ 0.05" and str(Target(0.92, 0.98)) == "0.92 to 0.98"
+
+
+def test_decisions_are_scored_with_the_errors_of_fresh_scenarios() -> None:
+    """Half of a population errs by the root of a half of what a fresh sample errs."""
+    rng = np.random.default_rng(0)
+    n, many, truth, spread = 320, 640, 0.1, 0.05
+    halves = truth + spread * np.sqrt(1 - n / many) * rng.standard_normal(4000)
+    curves = np.full((4000, 1, 1, len(CURVES), 3), np.nan, np.float32)
+    curves[:, 0, 0, CURVES.index("band")] = halves[:, None] + np.array([0, -1.96, 1.96]) * spread
+    outcomes = Outcomes(
+        n, np.array([many]), ("a",), (0,), np.full((1, 1, len(CURVES)), truth), np.ones((6, 1)), curves,
+        np.full((4000, 1, 1), 4, np.int8), np.zeros((4000, 1, 1)), np.zeros((4000, 1, 1), bool), np.zeros((4000, 1), bool),
+    )  # fmt: skip
+    assert ((halves - 1.96 * spread) > truth).mean() < 0.006
+    case = Case("continued", "made up", None, None, None, outcomes)
+    alarms = next(row for row in score([case]) if row.metric == "false_alarm")
+    assert 0.015 < alarms.value < 0.035  # one side of five per cent
+
+
+def test_a_blank_is_no_equivalence_where_the_concept_is_carried(case: Case) -> None:
+    blank = replace(case.outcomes, decisions=np.zeros_like(case.outcomes.decisions))
+    row = next(
+        r for r in score([Case("rotated", "made up", None, None, None, blank)]) if r.metric == "equivalent"
+    )
+    assert row.value == 0 and row.met is False
+
+
+def test_an_empty_confidence_set_is_a_miss(case: Case) -> None:
+    curves = case.outcomes.curves.copy()
+    curves[:10, ..., CURVES.index("attenuation"), :] = np.nan
+    rows = [
+        score([replace(case, outcomes=replace(case.outcomes, curves=c))])
+        for c in (case.outcomes.curves, curves)
+    ]
+    whole, some = (next(r for r in found if r.metric == "coverage_attenuation") for found in rows)
+    assert some.value <= whole.value - 9 / 60
 
 
 def test_too_small_a_population_is_refused(population: Population) -> None:
@@ -308,11 +347,17 @@ def test_scenarios_told_five_times_need_their_cluster(population: Population) ->
     assert without.mean() < 0.8 and within.mean() > 0.9
 
 
-def test_kernels_over_different_texts_are_refused_and_a_keyword_is_read_by_the_floor(
-    population: Population,
-) -> None:
-    assert missing_items(population, 60)
-    assert keyword_leak(60, 3, 0).all()
+def test_a_keyword_is_read_by_the_floor_and_nothing_where_there_is_none() -> None:
+    assert keyword_leak(60, 3, 0).all() and not keyword_leak(60, 3, 0, leaked=False).any()
+
+
+def test_a_study_of_which_a_model_has_not_read_all_texts_is_refused(exhibit: Exhibit) -> None:
+    assert missing_texts(exhibit, 4, 0).all()
+
+
+def test_only_matched_directions_tell_a_contrast_from_what_varies_most() -> None:
+    isotropic, matched = null_rows(40, 0)
+    assert isotropic.value > 0.9 and matched.lower <= 0.05 and matched.met
 
 
 def test_the_cross_fitted_gap_overstates_attenuation(population: Population) -> None:
