@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DEMO_PHANTOM = "planted-valence"
 DEMO_SCENARIOS = 60
 DEMO_NEUTRAL = 500
+# Attenuation of another concept from which on `phantom` says that its edit moved it.
+MOVED = 0.1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -224,6 +226,7 @@ def _add_phantom(commands: Any, anywhere: _Parser) -> None:
     phantom.add_argument("--concept", help="a shipped concept")
     phantom.add_argument("--stimuli", metavar="FILE", help="or stimuli of your own")
     phantom.add_argument("--layer", type=int, help="0-based block (default: the middle one)")
+    phantom.add_argument("--through", type=int, help="last block of scaled_writes (default: the last one)")
     phantom.add_argument("--keep", type=float, default=0.25, help="what is left of it (default %(default)s)")
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
@@ -470,7 +473,8 @@ def _phantom(args: argparse.Namespace) -> int:
             raise InputError(f"{args.stimuli} holds {len(found)} concepts, expected one; split the file")
         concept = found[0]
     out = build_phantom(
-        args.model, family=args.family, concept=concept, layer=args.layer, keep=args.keep, seed=args.seed, out=args.out
+        args.model, family=args.family, concept=concept, layer=args.layer, keep=args.keep, seed=args.seed, out=args.out,
+        through=args.through,
     )  # fmt: skip
     truth = json.loads((out / "truth.json").read_text(encoding="utf8"))
     if args.json:
@@ -483,6 +487,13 @@ def _phantom(args: argparse.Namespace) -> int:
         print(
             f"Attenuation of {getattr(concept, 'name', concept)}, measured on {truth['n_scenarios']} scenarios: {shown}."
         )
+    moved = [
+        f"{name} ({percent(most)})"
+        for name, curve in truth["other_concepts"].items()
+        if abs(most := max((v or 0.0 for v in curve.values()), key=abs)) > MOVED
+    ]
+    if moved:
+        print(f"It moved other concepts too, at most: {', '.join(moved)}.")
     print(f"Try it: empathy-probes compare {out / 'base'} {out / 'aligned'}{_same_texts(args)}")
     return 0
 

@@ -9,6 +9,7 @@ make them), not taken from what was intended.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from importlib.resources import files
@@ -36,24 +37,38 @@ from empathy_probes.planting import (
     twin_checkpoints,
 )
 from empathy_probes.prompts import render
+from empathy_probes.readouts import ask, read_out, scenario_coupling
 from empathy_probes.redraws import sample_of
 from empathy_probes.stats import critical_t
 from empathy_probes.stimuli import stimuli_from_rows
 from empathy_probes.store import open_store
 from empathy_probes.surgery import Checkpoint
 
-PLANTED = {
+logger = logging.getLogger(__name__)
+_PLACES: dict[str, tuple[str | None, int | None, float | None]] = {
+    "identical": (None, None, None), "rotated": (None, None, None), "rescaled": (None, None, None),
+    "continued": (None, None, None), "template_shift": (None, None, None), "generic_gain": (None, 2, 0.7),
+    "planted": ("valence", 3, 0.25), "erased": ("valence", 2, 0.0), "local": ("valence", 3, 0.25),
+    "rerouted": ("valence", 2, 0.25), "unread": ("valence", 1, None), "unsaid": ("valence", None, None),
+}  # fmt: skip
+SHIPPED: dict[str, tuple[str, str, str | None, int | None, float | None]] = {
     "planted-valence": ("llama-0", "planted", "valence", 3, 0.25),
     "planted-valence-k1": ("llama-0", "planted", "valence", 1, 0.25),
     "planted-valence-k4": ("llama-0", "planted", "valence", 4, 0.25),
+    **{
+        f"{kind}-{family}": (f"{kind}-0", family, *place)
+        for kind in ("llama", "gpt2")
+        for family, place in _PLACES.items()
+    },
 }
-"""Shipped twins: base, family, concept, block, what is kept."""
-TRUTH_SEED, TRUTH_SCENARIOS, TRUTH_OTHERS = 1000, 4000, 1000
+"""Shipped twins, every family on either base: base, family, concept, block, what is kept."""
+TRUTH_SEED, TRUTH_SCENARIOS, TRUTH_OTHERS = 1000, 4000, 500
 FEW = 500
 VERDICTS = {
     "identical": "preserved", "rescaled": "preserved", "template_shift": "preserved", "rotated": "rotated",
     "generic_gain": "generic_drift", "planted": "erased", "erased": "erased", "local": "local",
     "unread": "encoded_unread", "unsaid": "used_unsaid",
+    "scaled_writes": "erased",
 }  # fmt: skip
 """What the ledger should say of each family once all stages are run."""
 # The same text in two frames; both are words of the phantoms' grammar too.
@@ -65,7 +80,7 @@ FRAMES = (
 
 def list_phantoms() -> tuple[str, ...]:
     """Names of the shipped twins."""
-    return tuple(sorted(PLANTED))
+    return tuple(sorted(SHIPPED))
 
 
 def phantom_truth(name: str) -> dict[str, Any]:
@@ -75,12 +90,17 @@ def phantom_truth(name: str) -> dict[str, Any]:
         InputError: there is no twin of that name.
     """
     _check(name)
-    path = Path(str(files("empathy_probes"))) / "data" / "phantoms" / "llama" / f"{name}.truth.json"
-    return json.loads(path.read_text(encoding="utf8"))
+    return json.loads(truth_path(name).read_text(encoding="utf8"))
+
+
+def truth_path(name: str) -> Path:
+    """Where the truth of a shipped twin lies, beside its base."""
+    kind = SHIPPED[name][0].rsplit("-", 1)[0]
+    return Path(str(files("empathy_probes"))) / "data" / "phantoms" / kind / f"{name}.truth.json"
 
 
 def _check(name: str) -> None:
-    if name not in PLANTED:
+    if name not in SHIPPED:
         raise InputError(
             f"unknown phantom '{name}': expected one of {', '.join(list_phantoms())}; choose one of these"
         )
@@ -93,7 +113,7 @@ def load_phantom(name: str) -> ModelPair:
         InputError: there is no twin of that name.
     """
     _check(name)
-    base, family, concept, layer, keep = PLANTED[name]
+    base, family, concept, layer, keep = SHIPPED[name]
     return open_twin(list_bases()[base], family, concept, layer, keep)
 
 
@@ -104,19 +124,23 @@ def write_phantom(name: str, out: str | Path) -> Path:
         InputError: there is no twin of that name, or something is at `out` already.
     """
     truth = phantom_truth(name)
-    base, family, concept, layer, keep = PLANTED[name]
+    base, family, concept, layer, keep = SHIPPED[name]
     *pair, tokenizer = twin_checkpoints(list_bases()[base], family, concept, layer, keep)
-    return _write(Path(out), pair, (tokenizer, tokenizer), truth)
+    return _write(Path(out), pair, _framed(family, tokenizer), truth)
 
 
 def measure_phantom(name: str) -> dict[str, Any]:
-    """Measure the truth of a shipped twin on fresh scenarios of the grammar."""
-    base, family, concept, layer, keep = PLANTED[name]
+    """Measure the truth of a shipped twin on fresh scenarios of the grammar; of a pair in which nothing is planted, that of valence."""
+    base, family, concept, layer, keep = SHIPPED[name]
     targets, controls = load_phantom_concepts(TRUTH_OTHERS, TRUTH_SEED)
-    own = load_phantom_concepts(TRUTH_SCENARIOS, TRUTH_SEED, names=(concept,))[0][0]
-    others = [c for c in (*targets, *controls) if c.name != concept]
+    own = load_phantom_concepts(TRUTH_SCENARIOS, TRUTH_SEED, names=(concept or TARGETS[0],))[0][0]
+    others = [c for c in (*targets, *controls) if c.name != own.name]
     pair = open_twin(list_bases()[base], family, concept, layer, keep)
-    return measure_truth(pair, family, own, others, layer, keep, TRUTH_SEED)
+    truth = measure_truth(pair, family, own, others, layer, keep, TRUTH_SEED)
+    prompts = render(pair.base.tokenizer, own.stimuli, "raw", own.speaker)
+    asked = ask(pair.base.tokenizer, own.stimuli, prompts, "raw")
+    base_, aligned = (float(scenario_coupling(read_out(m, asked), own.stimuli).mean()) for m in pair.models)
+    return {**truth, "coupling": {"base": round(base_, 4), "aligned": round(aligned, 4)}}
 
 
 def load_phantom_concepts(
@@ -158,6 +182,7 @@ def build_phantom(
     keep: float = 0.25,
     others: Sequence[Concept] | None = None,
     seed: int = 0,
+    through: int | None = None,
 ) -> Path:
     """Make a twin with planted truth from a checkpoint, so that the instrument can be tried on it first.
 
@@ -170,6 +195,7 @@ def build_phantom(
         keep: what is left of the concept there, 0 to 1.
         others: concepts to leave alone; the other shipped ones by default.
         seed: of random choices.
+        through: `scaled_writes` scales what the blocks from `layer` to this one write; to the last one by default.
 
     Returns:
         `out`.
@@ -182,19 +208,19 @@ def build_phantom(
     config, tensors, tokenizer = open_checkpoint(model)
     checkpoint = Checkpoint(config, tensors)
     asked = load_concept(concept) if isinstance(concept, str) else concept
-    place = check_order(checkpoint, family, asked, layer, keep)
+    place = check_order(checkpoint, family, asked, layer, keep, through)
     running = load_model(model, device="cpu", dtype="float32")
     around = _others(asked) if others is None else others
     store = open_store("memory://phantom")
     guards = []
     if family in NEED_CONCEPT:
         guards = [mean_differences(running, c, store)[place] for c in around if c.stimuli.kind == "binary"]
-    made = make_twin(checkpoint, running, family, asked, guards, place, keep, seed)
+    made = make_twin(checkpoint, running, family, asked, guards, place, keep, seed, through)
     pair = ModelPair(*(
         load_model((build_checkpoint(c.config, c.tensors), tokenizer), device="cpu", copy=False, name=side)
         for c, side in zip(made, ("base", "aligned"), strict=True)
     ))  # fmt: skip
-    has_keep = family in ("planted", "local", "erased", "generic_gain")
+    has_keep = family in ("planted", "local", "erased", "generic_gain", "scaled_writes")
     keep = 0.0 if family == "erased" else keep
     truth = measure_truth(pair, family, asked, around, place if family in NEED_CONCEPT else None,
                           keep if has_keep else None, seed)  # fmt: skip
@@ -235,18 +261,26 @@ def measure_truth(
         if asked.stimuli.kind == "binary":
             curves[asked.name] = _attenuation(pair, asked)
     own = curves.pop(concept.name, {}) if concept else {}
-    if layer is not None and family in EXACT_BEFORE and any(own[str(i)] for i in range(-1, layer)):
+    # Writes scaled from the first block on are those of the embedding as well.
+    first = 0 if layer == 0 and family == "scaled_writes" else -1
+    if layer is not None and family in EXACT_BEFORE and any(own[str(i)] for i in range(first, layer)):
         raise InputError(
             f"the twin differs before block {layer} ({own}), expected exactly 0 there; this architecture cannot be edited so"
         )
     at = own.get(str(layer))
+    unknown = family in NEED_CONCEPT and layer is not None and at is None
+    if unknown and concept is not None:
+        logger.warning(
+            "the base does not carry '%s' detectably at block %d in these %d scenarios: the truth of the twin is unknown there; "
+            "choose another block, concept or more scenarios", concept.name, layer, concept.stimuli.n_scenarios,
+        )  # fmt: skip
     return {
         "schema_version": 1, "family": family, "concept": concept.name if concept and family in NEED_CONCEPT else None,
         "layer": layer, "keep_intended": keep,
         "keep_achieved": None if keep is None or at is None else round(1 - at, 4), "attenuation_by_layer": own,
         "positions": "read" if family == "local" else "all",
         "n_scenarios": concept.stimuli.n_scenarios if concept else None, "seed": seed,
-        "verdict": VERDICTS.get(family), "other_concepts": curves,
+        "verdict": None if unknown else VERDICTS.get(family), "other_concepts": curves,
         "n_scenarios_other": max((c.stimuli.n_scenarios for c in others), default=0),
     }  # fmt: skip
 

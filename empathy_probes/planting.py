@@ -41,6 +41,7 @@ from empathy_probes.surgery import (
     planted,
     rescaled,
     rotated,
+    scaled_writes,
     unread,
     unsaid,
     widened,
@@ -157,6 +158,8 @@ class Order:
     seed: int
     readings: Readings | None
     where: Subspace | None
+    through: int
+    """Last block whose writes are scaled, where a family scales those of several."""
     size: float = 1.0
     """How much stronger than it was a concept is handed on unread."""
 
@@ -186,13 +189,16 @@ FAMILIES: dict[str, Callable[[Order], tuple[Checkpoint, Checkpoint]]] = {
     "erased": _with_concept(lambda o, w, a: erased(o.checkpoint, o.layer, w, a, o.keep)),
     "unread": _with_concept(lambda o, w, a: unread(o.checkpoint, o.layer, w, a, o.keep, o.size)),
     "unsaid": _with_concept(lambda o, w, a: unsaid(o.checkpoint, w)),
+    "scaled_writes": _with_concept(
+        lambda o, w, a: (o.checkpoint, scaled_writes(o.checkpoint, range(o.layer, o.through + 1), o.keep, w))
+    ),
 }
 """Family to a function that makes base and twin of it; base computes what the checkpoint computes."""
 TRAINED = ("continued", "rerouted")
-EXACT_BEFORE = ("planted", "local", "erased", "generic_gain", "unread")
+EXACT_BEFORE = ("planted", "local", "erased", "generic_gain", "unread", "scaled_writes")
 """Families that leave every block before theirs bit by bit as it was."""
 TUNED = ("planted", "local", "erased", "unread")
-NEED_CONCEPT = ("generic_gain", "planted", "local", "erased", "unread", "unsaid")
+NEED_CONCEPT = ("generic_gain", "planted", "local", "erased", "unread", "unsaid", "scaled_writes")
 
 
 def make_twin(
@@ -204,6 +210,7 @@ def make_twin(
     layer: int | None = None,
     keep: float = 0.25,
     seed: int = 0,
+    through: int | None = None,
 ) -> tuple[Checkpoint, Checkpoint]:
     """Make base and twin of one family.
 
@@ -216,17 +223,19 @@ def make_twin(
         layer: the block; the last one for `unsaid`, else the middle one by default.
         keep: what is left of the concept, 0 to 1.
         seed: of random choices.
+        through: `scaled_writes` scales what the blocks from `layer` to this one write; to the last one by default.
 
     Raises:
         InputError: the family is unknown or trained, or something it needs is missing or out of range.
     """
-    layer = check_order(checkpoint, family, concept, layer, keep)
+    layer = check_order(checkpoint, family, concept, layer, keep, through)
     keep = 0.0 if family in ("erased", "unread") else keep
     readings = where = None
     if family in NEED_CONCEPT and concept is not None:
         readings = read_states(model, concept, layer, checkpoint.layout.parallel, seed)
         where = locate(readings, others)
-    order = Order(checkpoint, layer, keep, seed, readings, where)
+    last = checkpoint.n_layers - 1 if through is None else through
+    order = Order(checkpoint, layer, keep, seed, readings, where, last)
     made = FAMILIES[family](order)
     if family not in TUNED or where is None or readings is None or concept is None or keep == 1:
         return made
@@ -257,7 +266,12 @@ def _running(checkpoint: Checkpoint, model: Model) -> Model:
 
 
 def check_order(
-    checkpoint: Checkpoint, family: str, concept: Concept | None, layer: int | None, keep: float
+    checkpoint: Checkpoint,
+    family: str,
+    concept: Concept | None,
+    layer: int | None,
+    keep: float,
+    through: int | None = None,
 ) -> int:
     """Refuse what cannot be made; return the block it will be made at."""
     if family not in FAMILIES:
@@ -277,6 +291,11 @@ def check_order(
     if not 0 <= keep <= 1 or (family == "generic_gain" and keep == 0):
         raise InputError(
             f"keep is {keep}, expected a number from 0 (all removed) to 1 (nothing changed); choose one in between"
+        )
+    if through is not None and (family != "scaled_writes" or not layer <= through < checkpoint.n_layers):
+        raise InputError(
+            f"through is {through} with family '{family}' at layer {layer}, expected scaled_writes and a block from {layer} to "
+            f"{checkpoint.n_layers - 1}; leave it out for the last one"
         )
     return layer
 

@@ -324,9 +324,9 @@ def main() -> None:
         if args.package and seed == "0":
             shutil.copytree(args.out / name, PACKAGE / kind, dirs_exist_ok=True)
     if args.package:
-        for name in phantoms.PLANTED:
-            path = PACKAGE / "llama" / f"{name}.truth.json"
-            path.write_text(json.dumps(phantoms.measure_phantom(name), indent=1) + "\n")
+        for name in phantoms.SHIPPED:
+            truth = phantoms.measure_phantom(name)
+            phantoms.truth_path(name).write_text(json.dumps(truth, indent=1) + "\n")
     size = sum(path.stat().st_size for path in PACKAGE.rglob("*.safetensors"))
     print(f"{size / 1e6:.2f} MB of weights in the package, {time.time() - began:.0f} s")
 

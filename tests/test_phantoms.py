@@ -13,17 +13,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from empathy_probes.attenuation import Finding, measure_attenuation
 from empathy_probes.concepts import Concept
 from empathy_probes.errors import InputError
+from empathy_probes.grammar import stimuli_rows
+from empathy_probes.pairs import load_pair
 from empathy_probes.phantoms import (
-    PLANTED,
+    SHIPPED,
+    build_phantom,
     list_phantoms,
     load_phantom,
     load_phantom_concepts,
     phantom_truth,
     write_phantom,
 )
-from empathy_probes.planting import list_bases, twin_checkpoints
+from empathy_probes.planting import FAMILIES, TRAINED, list_bases, twin_checkpoints
+from empathy_probes.stimuli import stimuli_from_rows
 
-TWINS = list_phantoms()
+TWINS = tuple(name for name in list_phantoms() if name.startswith("planted-"))
 SEEDS = (0,)
 OTHERS = ("intensity", "distance")
 
@@ -124,9 +128,45 @@ def test_an_unknown_phantom_lists_the_known_ones() -> None:
         load_phantom("x")
 
 
-@pytest.mark.parametrize("twin", list_phantoms())
+@pytest.mark.parametrize("twin", TWINS)
 def test_a_twin_differs_from_its_base_in_the_planted_block_alone(twin: str) -> None:
-    base, family, concept, layer, keep = PLANTED[twin]
+    base, family, concept, layer, keep = SHIPPED[twin]
     one, other, _ = twin_checkpoints(list_bases()[base], family, concept, layer, keep)
     changed = {name for name in one.tensors if not torch.equal(one.tensors[name], other.tensors[name])}
     assert changed and all(name.startswith(f"model.layers.{layer}.mlp.") for name in changed)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_every_family_is_shipped_with_a_truth_from_four_thousand_fresh_scenarios(kind: str) -> None:
+    for family in (*FAMILIES, *TRAINED):
+        truth = phantom_truth(f"{kind}-{family}")
+        assert truth["family"] == family and truth["n_scenarios"] == 4000
+        lost = np.array([v or 0.0 for v in truth["attenuation_by_layer"].values()])
+        said = truth["coupling"]["aligned"] / truth["coupling"]["base"]
+        if family in ("identical", "rotated", "rescaled", "template_shift"):
+            assert abs(lost).max() < 1e-3 and abs(said - 1) < 1e-3
+        elif family in ("unread", "unsaid"):
+            assert abs(lost).max() < 0.1 and abs(said) < 0.15
+        elif family in ("planted", "erased", "local", "rerouted"):
+            assert abs(truth["keep_achieved"] - truth["keep_intended"]) < 0.1 and said < 0.9
+
+
+def test_a_written_twin_of_any_family_is_the_pair_that_was_measured(tmp_path: Path) -> None:
+    out = write_phantom("gpt2-unread", tmp_path / "twin")
+    pair, loaded = load_phantom("gpt2-unread"), load_pair(out / "base", out / "aligned", device="cpu")
+    assert [m.weights for m in pair.models] == [m.weights for m in loaded.models]
+    assert json.loads((out / "truth.json").read_text())["verdict"] == "encoded_unread"
+
+
+def test_a_truth_that_cannot_be_measured_is_not_asserted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Labels by chance: the base carries nothing that could be planted away."""
+    rows = stimuli_rows("tense", 40, 3, doubt=1.0)
+    concept = Concept("chance", "target", "", "", "user", "", stimuli_from_rows(rows, "chance"))
+    out = build_phantom(
+        list_bases()["llama-0"] / "base", family="planted", concept=concept, layer=2, others=[], out=tmp_path / "twin"
+    )  # fmt: skip
+    truth = json.loads((out / "truth.json").read_text())
+    assert truth["keep_achieved"] is None and truth["verdict"] is None
+    assert "does not carry 'chance' detectably" in caplog.text

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MAKERS, rows, word_tokenizer
+from safetensors.torch import load_file
 
 from empathy_probes.checkpoints import build_checkpoint
 from empathy_probes.concepts import Concept
@@ -253,3 +254,22 @@ def test_a_template_shift_is_two_templates_on_equal_weights(tmp_path: Path) -> N
     )
     pair = load_pair(out / "base", out / "aligned", device="cpu", allow_identical=True)
     assert pair.identical and pair.base.template_digest != pair.aligned.template_digest
+
+
+def test_writes_of_some_blocks_are_scaled_and_the_truth_says_from_where_on(
+    tmp_path: Path, concepts: dict[str, Concept]
+) -> None:
+    out = build_phantom(
+        BASES["gpt2-0"] / "base", family="scaled_writes", concept=concepts["valence"], layer=1, through=3, keep=0.0, others=[],
+        out=tmp_path / "twin",
+    )  # fmt: skip
+    truth = json.loads((out / "truth.json").read_text())
+    lost = truth["attenuation_by_layer"]
+    assert lost["-1"] == lost["0"] == 0 and lost["1"] > 0.8 and truth["verdict"] == "erased"
+    states = [load_file(out / side / "model.safetensors") for side in ("base", "aligned")]
+    changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert {name.split(".")[2] for name in changed} == {"1", "2", "3"}
+    for wrong in ({"family": "planted"}, {"layer": 4}):
+        asked = {"family": "scaled_writes", "layer": 1, "concept": concepts["valence"], **wrong}
+        with pytest.raises(InputError, match="through is 3"):
+            build_phantom(BASES["gpt2-0"] / "base", through=3, out=tmp_path / "never", **asked)
