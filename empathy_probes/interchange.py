@@ -6,8 +6,8 @@ GGUF                 control vectors as llama.cpp and repeng read them: `directi
                      there; our header travels in one key of it and is read back.
 persona-vectors      `.pt` of `[n_layers + 1, d]`: index 0 is the embedding, index i what block i − 1 left.
 CAA                  a folder of `vec_layer_{i}.pt`, each `[d]`: what 0-based block i left.
-NumPy                `.npz`, or a folder of `.npy`: the last number in a name is the 0-based block; one array `[n_layers, d]` has
-                     a row per block.
+NumPy                `.npz`, or a folder of `.npy`: the number after layer, block or L in a name, or its only number, is the 0-based
+                     block; one array `[n_layers, d]` has a row per block.
 Neuronpedia          JSON, written only: arguments of its client's `NPVector.new`. Its layers are inputs (`hook_resid_pre`): what
                      block L left is the input of L + 1, and what the last block left has no place.
 
@@ -38,6 +38,9 @@ from empathy_probes.vectors import SteeringVector, load_vector, make_vector, vec
 logger = logging.getLogger(__name__)
 ARCHITECTURE = "controlvector"
 CAA_NAME = "vec_layer_{}.pt"
+LAYER_NUMBER = re.compile(r"(?:layer|block|(?<![a-z])l)[ _.-]?(\d+)", re.IGNORECASE)
+# layer_-1 is the last one of a depth that the name does not say.
+LONE_NUMBER = re.compile(r"(?:\D*[\W_])?(?<![\W_]-)(\d+)(?:[\W_]\D*)?")
 HOOK = "hook_resid_pre"
 
 Reader = Callable[[Path, int | None], SteeringVector]
@@ -68,7 +71,7 @@ def read_vector(path: str | Path, format: str | None = None, layer: int | None =
         layer: the 0-based block of a vector that does not say where it belongs; of any other, the block wanted.
 
     Raises:
-        InputError: the file is not of that format; the message says what was found.
+        InputError: the file is not of that format, or says another block than `layer`; the message says what was found.
         StoreError: a file of ours that is damaged or of a newer version.
     """
     path = Path(path)
@@ -277,7 +280,7 @@ def _write_persona(vector: SteeringVector, path: Path) -> Mapping[int, str]:
 def _read_caa(path: Path, layer: int | None) -> SteeringVector:
     """`vec_layer_{i}.pt` → block i; a single file of another name needs `layer`."""
     if not path.is_dir():
-        return _from_rows({_block(path.name, path, layer): _row(_load_pt(path), path)}, path)
+        return _from_rows({_block(_said(path.stem), path, layer): _row(_load_pt(path), path)}, path)
     files = {
         int(m[1]): file
         for file in sorted(path.iterdir())
@@ -304,7 +307,7 @@ def _save_pt(tensor: torch.Tensor, path: Path) -> None:
 
 
 def _read_numpy(path: Path, layer: int | None) -> SteeringVector:
-    """The last number of a name → that block; one array of two axes → a row per block."""
+    """The number of a name → that block; one array of several rows → a row per block."""
     try:
         if path.is_dir():
             arrays = {file.stem: np.load(file, allow_pickle=False) for file in sorted(path.glob("*.npy"))}
@@ -315,11 +318,22 @@ def _read_numpy(path: Path, layer: int | None) -> SteeringVector:
         raise InputError(
             f"{path} cannot be read as arrays ({error}), expected .npy or .npz without objects; save it again"
         ) from None
-    if len(arrays) == 1 and (only := next(iter(arrays.values()))).ndim == 2:
-        return _from_rows(dict(enumerate(np.asarray(only, np.float32))), path, n_layers=len(only))
+    if len(arrays) == 1:
+        ((name, array),) = arrays.items()
+        # arr_0 is what NumPy calls an array that was given no name.
+        said = None if name == "arr_0" else _said(name)
+        if array.ndim != 2 or len(array) == 1:
+            block = _block(_said(path.stem) if said is None else said, path, layer)
+            return _from_rows({block: _row(array, path)}, path)
+        if LAYER_NUMBER.search(name):
+            raise InputError(
+                f"{path} holds {len(array)} rows named '{name}', expected one vector for one layer, or a row per block and no layer in the "
+                "name; rename it"
+            )
+        return _from_rows(dict(enumerate(np.asarray(array, np.float32))), path, n_layers=len(array))
     rows: dict[int, Float[np.ndarray, " d_model"]] = {}
     for name, array in arrays.items():
-        block = _block(name, path, layer if len(arrays) == 1 else None)
+        block = _block(_said(name), path / name, None)
         if block in rows:
             raise InputError(f"{path} holds two arrays for block {block}, expected one each; rename one")
         rows[block] = _row(array, path)
@@ -375,6 +389,7 @@ def _write_neuronpedia(vector: SteeringVector, path: Path) -> Mapping[int, str]:
 
 def _row(found: Any, path: Path) -> Float[np.ndarray, " d_model"]:
     array = found.float().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+    array = array[0] if array.ndim == 2 and len(array) == 1 else array
     if array.ndim != 1 or array.dtype.kind != "f":
         got = f"shape {list(array.shape)}" if array.dtype.kind == "f" else f"a {type(found).__name__}"
         raise InputError(
@@ -383,13 +398,33 @@ def _row(found: Any, path: Path) -> Float[np.ndarray, " d_model"]:
     return array.astype(np.float32)
 
 
-def _block(name: str, path: Path, layer: int | None) -> int:
-    numbers = re.findall(r"\d+", Path(name).stem)
-    if layer is None and not numbers:
+def _said(name: str) -> int | None:
+    """The block that a name says: the number after layer, block or L, else its only number, standing alone.
+
+    >>> [_said(name) for name in ("L12_seed0", "model2_layer_1", "joy_7", "gpt2_joy", "3_of_8")]
+    [12, 1, 7, None, None]
+    """
+    found = {int(number) for number in LAYER_NUMBER.findall(name)}
+    if not found and (lone := LONE_NUMBER.fullmatch(name)):
+        found = {int(lone[1])}
+    return found.pop() if len(found) == 1 else None
+
+
+def _block(said: int | None, path: Path, layer: int | None) -> int:
+    """`layer` counts only where the name says no block."""
+    if said is None:
+        if layer is None:
+            raise InputError(
+                f"{path} does not say which block it belongs to, expected a name such as layer_7; rename it, or say the block of a single "
+                "vector with layer (--layer)"
+            )
+        return layer
+    if layer not in (None, said):
         raise InputError(
-            f"{path} does not say which block '{name}' belongs to, expected a number in the name; say it with layer (--layer)"
+            f"{path} is named as the vector of block {said}, but layer {layer} was asked for, expected the same; leave layer out, or "
+            "rename it"
         )
-    return int(numbers[-1]) if layer is None else layer
+    return said
 
 
 def _from_rows(

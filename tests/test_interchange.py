@@ -140,6 +140,52 @@ def test_arrays_are_blocks_by_row_or_by_the_last_number_of_their_name(tmp_path: 
         read_vector(tmp_path / "twice.npz")
 
 
+def single(path: Path, value: float, shape: tuple[int, ...] = (D,)) -> Path:
+    array = np.full(shape, value)
+    if path.suffix == ".pt":
+        torch.save(torch.tensor(array), path)
+    elif path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        np.savez(path, **{path.stem: array})
+    return path
+
+
+@pytest.mark.parametrize("name", ["vec_layer_5.pt", "layer_5.npy", "L5_seed0.npy", "joy_block5.npz", "5.npy"])
+def test_a_layer_never_moves_a_vector_that_says_its_block(tmp_path: Path, name: str) -> None:
+    path = single(tmp_path / name, 5.0)
+    assert read_vector(path).layers == read_vector(path, layer=5).layers == (5,)
+    with pytest.raises(InputError, match="named as the vector of block 5, but layer 7 was asked for"):
+        read_vector(path, layer=7)
+
+
+@pytest.mark.parametrize(
+    "name", ["joy.npy", "gpt2_joy.npz", "llama-3-8b_joy.npy", "L3_L4.npy", "layer_-1.npy"]
+)
+def test_a_name_that_says_no_one_block_needs_a_layer(tmp_path: Path, name: str) -> None:
+    path = single(tmp_path / name, 1.0)
+    with pytest.raises(InputError, match="does not say which block"):
+        read_vector(path)
+    assert read_vector(path, layer=7).layers == (7,)
+
+
+def test_one_row_is_one_vector_and_rows_of_one_layer_are_refused(tmp_path: Path) -> None:
+    for name in ("layer_7.npz", "layer_7.npy"):
+        found = read_vector(single(tmp_path / name, 7.0, (1, D)))
+        assert found.layers == (7,) and found.direction.shape == (1, D) and found.n_layers is None
+    with pytest.raises(InputError, match="does not say which block"):
+        read_vector(single(tmp_path / "joy.npy", 1.0, (1, D)))
+    with pytest.raises(InputError, match="holds 4 rows named 'layer_7'"):
+        read_vector(single(tmp_path / "layer_7.npz", 1.0, (4, D)))
+    # Given no name, an array is called arr_0 and the file's own name counts.
+    np.savez(tmp_path / "layer_3.npz", np.ones(D))
+    assert read_vector(tmp_path / "layer_3.npz").layers == (3,)
+    (tmp_path / "versions").mkdir()
+    for layer in (3, 4):
+        single(tmp_path / "versions" / f"layer{layer}_v2.npy", 1.0)
+    assert read_vector(tmp_path / "versions").layers == (3, 4)
+
+
 def test_neuronpedia_means_the_input_of_the_next_block(tmp_path: Path) -> None:
     vector = a_vector(1, 5)
     done = write_vector(vector, tmp_path / "v.json")
@@ -239,6 +285,7 @@ def test_convert_says_what_was_written_and_what_could_not_be_carried(
     [
         (["missing.gguf", "out.pt"], "no vector at missing.gguf"),
         (["evil.pt", "out.gguf", "--layer", "9"], "layer 9 of the vector"),
+        (["layer_1.npy", "out.gguf", "--layer", "5"], "named as the vector of block 1, but layer 5"),
         (["evil.pt", "out.gguf", "--from", "nothing"], "unknown vector format 'nothing'"),
         (["evil.pt", "out.nothing"], "cannot be told from its name"),
         (["evil.pt"], "the following arguments are required: OUT"),
@@ -253,7 +300,8 @@ def test_a_bad_conversion_is_one_line_and_exit_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(torch.ones(4, D), "evil.pt")
+    np.save("layer_1.npy", np.ones(D))
     assert cli.main(["vector", "convert", *options]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["evil.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pt", "layer_1.npy"]
