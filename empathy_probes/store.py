@@ -207,7 +207,13 @@ def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> N
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """`write_atomically` for a local path."""
+    """`write_atomically` for a local path.
+
+    Raises:
+        InputError: the path cannot be written, or is a folder: a file would be moved into it.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected a file or nothing there; choose another path")
     write_atomically(fsspec.filesystem("file"), path.resolve().as_posix(), data)
 
 

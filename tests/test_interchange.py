@@ -259,6 +259,15 @@ def test_what_cannot_be_told_or_held_is_one_sentence(tmp_path: Path) -> None:
             write_vector(a_vector(1, site="mlp_out"), tmp_path / "x", name)
 
 
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"caa"}))
+def test_a_file_is_never_written_into_a_folder_of_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / NAMES[name]).mkdir()
+    with pytest.raises(InputError, match=r"is a folder, expected a file|Is a directory") as caught:
+        write_vector(a_vector(1), tmp_path / NAMES[name], name)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.rglob("*")] == [NAMES[name]]
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -288,6 +297,7 @@ def test_convert_says_what_was_written_and_what_could_not_be_carried(
         (["layer_1.npy", "out.gguf", "--layer", "5"], "named as the vector of block 1, but layer 5"),
         (["evil.pt", "out.gguf", "--from", "nothing"], "unknown vector format 'nothing'"),
         (["evil.pt", "out.nothing"], "cannot be told from its name"),
+        (["evil.pt", "evil", "--to", "empathy_probes"], "evil is a folder, expected a file"),
         (["evil.pt"], "the following arguments are required: OUT"),
     ],
 )
@@ -301,7 +311,8 @@ def test_a_bad_conversion_is_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     torch.save(torch.ones(4, D), "evil.pt")
     np.save("layer_1.npy", np.ones(D))
+    Path("evil").mkdir()
     assert cli.main(["vector", "convert", *options]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pt", "layer_1.npy"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["evil", "evil.pt", "layer_1.npy"]
