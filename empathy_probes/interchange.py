@@ -20,8 +20,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -273,7 +275,7 @@ def _write_persona(vector: SteeringVector, path: Path) -> Mapping[int, str]:
     deep = vector.layers[-1] + 1 if vector.n_layers is None else vector.n_layers
     whole = torch.zeros(deep + 1, vector.d_model)
     whole[[layer + 1 for layer in vector.layers]] = torch.as_tensor(vector.direction)
-    _save_pt(whole, path)
+    write_file(path, _pt_bytes(whole))
     return {}
 
 
@@ -290,17 +292,18 @@ def _read_caa(path: Path, layer: int | None) -> SteeringVector:
 
 
 def _write_caa(vector: SteeringVector, path: Path) -> Mapping[int, str]:
-    for layer, row in zip(vector.layers, vector.direction, strict=True):
-        _save_pt(torch.as_tensor(row).clone(), path / CAA_NAME.format(layer))
+    files = {
+        CAA_NAME.format(layer): _pt_bytes(torch.as_tensor(row).clone())
+        for layer, row in zip(vector.layers, vector.direction, strict=True)
+    }
+    _write_folder(path, files, CAA_NAME.format("*"))
     return {}
 
 
-def _save_pt(tensor: torch.Tensor, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(tensor, path)
-    except (OSError, RuntimeError) as error:
-        raise _unwritable(path, error) from None
+def _pt_bytes(tensor: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------- NumPy
@@ -344,15 +347,17 @@ def _write_numpy(vector: SteeringVector, path: Path) -> Mapping[int, str]:
     rows = {f"layer_{layer}": row for layer, row in zip(vector.layers, vector.direction, strict=True)}
     if path.suffix == ".npy":
         raise InputError(f"{path} would hold one array without layers, expected .npz or a folder; choose one")
+    buffer = io.BytesIO()
     if path.suffix == ".npz":
-        buffer = io.BytesIO()
         np.savez(buffer, **rows)
         write_file(path, buffer.getvalue())
         return {}
+    files = {}
     for name, row in rows.items():
         buffer = io.BytesIO()
         np.save(buffer, row)
-        write_file(path / f"{name}.npy", buffer.getvalue())
+        files[f"{name}.npy"] = buffer.getvalue()
+    _write_folder(path, files, "*.npy")
     return {}
 
 
@@ -435,6 +440,27 @@ def _from_rows(
         raise InputError(f"{path} holds {got}, expected vectors of one length; check the file")
     layers = sorted(rows)
     return make_vector(np.stack([rows[layer] for layer in layers]), layers, concept=path.stem, **described)
+
+
+def _write_folder(path: Path, files: Mapping[str, bytes], kind: str) -> None:
+    """A file per layer, into a folder without any of the kind: all that lie there are read as one vector."""
+    if held := sorted(path.glob(kind)):
+        raise InputError(
+            f"the folder {path} already holds {held[0].name}, expected no {kind}: it would be read as a layer of the same vector; choose "
+            "another folder"
+        )
+    path = path.resolve()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        for name, data in files.items():
+            write_file(partial / name, data)
+        path.mkdir(exist_ok=True)
+        for name in files:
+            (partial / name).replace(path / name)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _unwritable(path: Path, error: Exception) -> InputError:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from empathy_probes import cli
+from empathy_probes import cli, interchange
 from empathy_probes.errors import InputError
 from empathy_probes.interchange import FORMATS, OWN, read_vector, write_vector
+from empathy_probes.store import write_file
 from empathy_probes.vectors import SteeringVector, make_vector
 
 D = 6
@@ -266,6 +267,37 @@ def test_a_file_is_never_written_into_a_folder_of_its_name(tmp_path: Path, name:
         write_vector(a_vector(1), tmp_path / NAMES[name], name)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.rglob("*")] == [NAMES[name]]
+
+
+@pytest.mark.parametrize("name", ["caa", "numpy"])
+def test_two_vectors_never_share_a_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.md").write_text("somebody's notes")
+    first = write_vector(a_vector(1, 3), folder, name)
+    held = sorted(path.name for path in tmp_path.rglob("*"))
+    assert first.layers == (1, 3) and not any("partial" in path for path in held)
+    with pytest.raises(InputError, match="already holds .*; choose another folder"):
+        write_vector(a_vector(5), folder, name)
+    assert read_vector(folder).layers == (1, 3) and sorted(p.name for p in tmp_path.rglob("*")) == held
+
+
+@pytest.mark.parametrize("name", ["caa", "numpy", "persona_vectors"])
+def test_a_write_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    room = [1] if name != "persona_vectors" else []
+
+    def write_while_there_is_room(path: Path, data: bytes) -> None:
+        if not room:
+            raise InputError("no room")
+        room.pop()
+        write_file(path, data)
+
+    monkeypatch.setattr(interchange, "write_file", write_while_there_is_room)
+    with pytest.raises(InputError, match="no room"):
+        write_vector(a_vector(1, 3), tmp_path / "v", name)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- command line
