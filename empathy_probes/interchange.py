@@ -24,6 +24,10 @@ import os
 import pickle
 import re
 import shutil
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +37,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from empathy_probes.errors import InputError
+from empathy_probes.errors import InputError, StoreError
 from empathy_probes.store import HEADER, write_file
 from empathy_probes.vectors import SteeringVector, load_vector, make_vector, vector_from_header
 
@@ -44,6 +48,11 @@ LAYER_NUMBER = re.compile(r"(?:layer|block|(?<![a-z])l)[ _.-]?(\d+)", re.IGNOREC
 # layer_-1 is the last one of a depth that the name does not say.
 LONE_NUMBER = re.compile(r"(?:\D*[\W_])?(?<![\W_]-)(\d+)(?:[\W_]\D*)?")
 HOOK = "hook_resid_pre"
+# What torch, NumPy and gguf raise at damaged files, found by damaging some at random.
+DAMAGED = (
+    OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, AssertionError, pickle.UnpicklingError, struct.error,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 Reader = Callable[[Path, int | None], SteeringVector]
 """From a file, and the block of a vector that does not say where it belongs, to all that is in it."""
@@ -173,31 +182,46 @@ def _gguf() -> Any:
 
 
 def _read_gguf(path: Path, layer: int | None) -> SteeringVector:
-    """`direction.N` → block N."""
+    """`direction.N` → block N; of numbers that are neither F32 nor F16 only the bytes would be seen."""
+    keys = ("general.architecture", f"{ARCHITECTURE}.model_hint", f"{ARCHITECTURE}.{HEADER}")
     try:
         reader = _gguf().GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
+        fields = [reader.get_field(key) for key in keys]
+        architecture, hint, own = ("" if field is None else str(field.contents()) for field in fields)
+    except DAMAGED as error:
         raise InputError(
             f"{path} is no GGUF file ({error}), expected a control vector; check the path"
         ) from None
-
-    def text(key: str) -> str:
-        field = reader.get_field(key)
-        return "" if field is None else str(field.contents())
-
-    if text("general.architecture") != ARCHITECTURE:
+    if architecture != ARCHITECTURE:
         raise InputError(
-            f"{path} is a GGUF file of the architecture '{text('general.architecture')}', expected '{ARCHITECTURE}'; give a control vector"
+            f"{path} is a GGUF file of the architecture '{architecture}', expected '{ARCHITECTURE}'; give a control vector"
         )
-    rows = {int(t.name.rpartition(".")[2]): np.array(t.data, np.float32) for t in reader.tensors
-            if re.fullmatch(r"direction\.\d+", t.name)}  # fmt: skip
-    own = text(f"{ARCHITECTURE}.{HEADER}")
+    rows = {}
+    for tensor in reader.tensors:
+        name, kind, shape = tensor.name, tensor.tensor_type.name, [int(size) for size in tensor.shape]
+        number = re.fullmatch(r"direction\.([1-9]\d*)", name)
+        if number is None or kind not in ("F32", "F16") or len(shape) != 1:
+            raise InputError(
+                f"{path} holds '{name}' of type {kind} and shape {shape}, expected direction.N of N from 1 on, of type F32 or F16 and one "
+                "axis; export it again"
+            )
+        rows[int(number[1])] = np.array(tensor.data, np.float32)
+    found = _from_rows(rows, path, model={"name": hint})
     if not own:
-        return _from_rows(rows, path, model={"name": text(f"{ARCHITECTURE}.model_hint")})
-    header = json.loads(own)
-    whole = np.zeros((max(rows) + 1, len(next(iter(rows.values())))), np.float32)
-    whole[list(rows)] = list(rows.values())
-    return vector_from_header(whole, header, path)
+        return found
+    whole = np.zeros((found.layers[-1] + 1, found.d_model), np.float32)
+    whole[list(found.layers)] = found.direction
+    try:
+        headed = vector_from_header(whole, json.loads(own), path)
+    except json.JSONDecodeError as error:
+        raise StoreError(
+            f"{path} has a {HEADER} header that is not JSON ({error}), expected what this package writes; make it again"
+        ) from None
+    if headed.layers != found.layers:
+        raise StoreError(
+            f"{path} holds directions of the blocks {list(found.layers)} and names {list(headed.layers)}, expected the same; make it again"
+        )
+    return headed
 
 
 def _write_gguf(vector: SteeringVector, path: Path) -> Mapping[int, str]:
@@ -244,9 +268,12 @@ def _model_hint(model: Mapping[str, Any]) -> str:
 
 
 def _load_pt(path: Path) -> Any:
+    """What the file holds; a real tensor as a dense one of float32."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        plain = isinstance(found, torch.Tensor) and not found.is_complex()
+        return found.detach().to_dense().float() if plain else found
+    except DAMAGED as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(
             f"{path} cannot be read as tensors ({reason}), expected a file of tensors alone: anything else could run code; save the tensor again"
@@ -256,16 +283,16 @@ def _load_pt(path: Path) -> Any:
 def _read_persona(path: Path, layer: int | None) -> SteeringVector:
     """Index i → block i − 1; index 0, the embedding, has no block."""
     found = _load_pt(path)
-    if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) < 2:
-        got = (
-            f"a tensor of shape {list(found.shape)}"
-            if isinstance(found, torch.Tensor)
-            else f"a {type(found).__name__}"
-        )
+    if (
+        not isinstance(found, torch.Tensor)
+        or found.dtype != torch.float32
+        or found.ndim != 2
+        or len(found) < 2
+    ):
         raise InputError(
-            f"{path} holds {got}, expected a tensor [n_layers + 1, d_model] whose index 0 is the embedding; name the format it is in"
+            f"{path} holds {_what(found)}, expected a tensor [n_layers + 1, d_model] whose index 0 is the embedding; name the format it is in"
         )
-    rows = found.float().numpy()
+    rows = found.numpy()
     note = ("index 0, the embedding, is no block",) if rows[0].any() else ()
     return _from_rows(dict(enumerate(rows[1:])), path, notes=note, n_layers=len(rows) - 1)
 
@@ -313,11 +340,11 @@ def _read_numpy(path: Path, layer: int | None) -> SteeringVector:
     """The number of a name → that block; one array of several rows → a row per block."""
     try:
         if path.is_dir():
-            arrays = {file.stem: np.load(file, allow_pickle=False) for file in sorted(path.glob("*.npy"))}
+            arrays = {file.stem: _load_arrays(file) for file in sorted(path.glob("*.npy"))}
         else:
-            loaded = np.load(path, allow_pickle=False)
+            loaded = _load_arrays(path)
             arrays = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (ValueError, OSError, EOFError) as error:
+    except DAMAGED as error:
         raise InputError(
             f"{path} cannot be read as arrays ({error}), expected .npy or .npz without objects; save it again"
         ) from None
@@ -325,7 +352,7 @@ def _read_numpy(path: Path, layer: int | None) -> SteeringVector:
         ((name, array),) = arrays.items()
         # arr_0 is what NumPy calls an array that was given no name.
         said = None if name == "arr_0" else _said(name)
-        if array.ndim != 2 or len(array) == 1:
+        if np.ndim(array) != 2 or len(array) == 1:
             block = _block(_said(path.stem) if said is None else said, path, layer)
             return _from_rows({block: _row(array, path)}, path)
         if LAYER_NUMBER.search(name):
@@ -333,7 +360,7 @@ def _read_numpy(path: Path, layer: int | None) -> SteeringVector:
                 f"{path} holds {len(array)} rows named '{name}', expected one vector for one layer, or a row per block and no layer in the "
                 "name; rename it"
             )
-        return _from_rows(dict(enumerate(np.asarray(array, np.float32))), path, n_layers=len(array))
+        return _from_rows({i: _row(row, path) for i, row in enumerate(array)}, path, n_layers=len(array))
     rows: dict[int, Float[np.ndarray, " d_model"]] = {}
     for name, array in arrays.items():
         block = _block(_said(name), path / name, None)
@@ -341,6 +368,11 @@ def _read_numpy(path: Path, layer: int | None) -> SteeringVector:
             raise InputError(f"{path} holds two arrays for block {block}, expected one each; rename one")
         rows[block] = _row(array, path)
     return _from_rows(rows, path)
+
+
+def _load_arrays(path: Path) -> Any:
+    # From bytes: np.load leaves a damaged .npz open.
+    return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
 
 
 def _write_numpy(vector: SteeringVector, path: Path) -> Mapping[int, str]:
@@ -393,14 +425,19 @@ def _write_neuronpedia(vector: SteeringVector, path: Path) -> Mapping[int, str]:
 
 
 def _row(found: Any, path: Path) -> Float[np.ndarray, " d_model"]:
-    array = found.float().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+    array = np.asarray(found) if isinstance(found, torch.Tensor | np.ndarray) else np.array(None)
     array = array[0] if array.ndim == 2 and len(array) == 1 else array
-    if array.ndim != 1 or array.dtype.kind != "f":
-        got = f"shape {list(array.shape)}" if array.dtype.kind == "f" else f"a {type(found).__name__}"
+    if array.ndim != 1 or array.dtype.kind not in "fiu":
         raise InputError(
-            f"{path} holds {got} for one layer, expected one vector [d_model] of numbers; name the format it is in"
+            f"{path} holds {_what(found)} for one layer, expected one vector [d_model] of numbers; name the format it is in"
         )
     return array.astype(np.float32)
+
+
+def _what(found: Any) -> str:
+    if isinstance(found, torch.Tensor | np.ndarray):
+        return f"{found.dtype} of shape {list(found.shape)}"
+    return f"a {type(found).__name__}"
 
 
 def _said(name: str) -> int | None:
@@ -435,8 +472,9 @@ def _block(said: int | None, path: Path, layer: int | None) -> int:
 def _from_rows(
     rows: Mapping[int, Float[np.ndarray, " d_model"]], path: Path, **described: Any
 ) -> SteeringVector:
-    if not rows or len({len(row) for row in rows.values()}) > 1:
-        got = f"lengths {sorted({len(row) for row in rows.values()})}" if rows else "no vector"
+    lengths = sorted({len(row) for row in rows.values()})
+    if len(lengths) != 1 or lengths == [0]:
+        got = f"vectors of the lengths {lengths}" if rows else "no vector"
         raise InputError(f"{path} holds {got}, expected vectors of one length; check the file")
     layers = sorted(rows)
     return make_vector(np.stack([rows[layer] for layer in layers]), layers, concept=path.stem, **described)

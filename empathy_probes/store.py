@@ -268,12 +268,16 @@ def record_from_bytes(data: bytes, types: Mapping[str, type], path: str | Path) 
     return _unpack(header["record"], arrays, types, Path(path))
 
 
-def check_schema(found: int, path: str | Path) -> None:
+def check_schema(found: Any, path: str | Path) -> None:
     """Refuse files of a newer version by name.
 
     Raises:
-        StoreError: `found` is newer than `SCHEMA_VERSION`.
+        StoreError: `found` is newer than `SCHEMA_VERSION`, or no number.
     """
+    if not isinstance(found, int):
+        raise StoreError(
+            f"{path} has schema version {found!r}, expected a number up to {SCHEMA_VERSION}; make it again"
+        )
     if found > SCHEMA_VERSION:
         raise StoreError(
             f"{path} has schema version {found}, but this package knows versions up to {SCHEMA_VERSION}; "

@@ -80,6 +80,70 @@ def test_block_0_cannot_go_into_a_gguf_file_and_nobody_is_left_to_guess(
     assert [path.name for path in tmp_path.iterdir()] == ["v.gguf"]
 
 
+def control_vector(path: Path, tensors: dict[str, Any], header: str = "") -> Path:
+    writer = gguf.GGUFWriter(path, "controlvector")
+    if header:
+        writer.add_string("controlvector.empathy_probes", header)
+    for name, array in tensors.items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if array.dtype == np.uint8 else None
+        writer.add_tensor(name, array, raw_dtype=kind)
+    for step in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        step()
+    return path
+
+
+ROW = np.linspace(-1, 1, 32, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"direction.1": gguf.quants.quantize(ROW, gguf.GGMLQuantizationType.Q8_0)},
+        {"direction.1": np.stack([ROW, ROW])},
+        {"direction.1": ROW.astype(np.float64)},
+        {"direction.0": ROW, "direction.1": ROW},
+        {"direction.1": ROW, "direction.x": ROW},
+    ],
+)
+def test_what_llama_cpp_refuses_is_not_read(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"expected direction.N of N from 1 on, of type F32 or F16"):
+        read_vector(control_vector(tmp_path / "v.gguf", tensors))
+
+
+def test_half_precision_is_read_exactly(tmp_path: Path) -> None:
+    half = ROW.astype(np.float16)
+    found = read_vector(control_vector(tmp_path / "v.gguf", {"direction.2": half}))
+    assert found.layers == (2,) and found.direction.dtype == np.float32
+    np.testing.assert_array_equal(found.direction[0], half)
+
+
+def a_header(*layers: int) -> str:
+    return json.dumps(a_vector(*layers).header())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "message"),
+    [
+        ({"direction.1": ROW}, "not json", "is not JSON"),
+        ({"direction.1": ROW}, "[1]", "a header that is a list"),
+        ({}, a_header(1), "holds no vector"),
+        ({"direction.1": ROW, "direction.3": ROW}, a_header(1), r"blocks \[1, 3\] and names \[1\]"),
+        ({"direction.1": ROW, "direction.3": ROW}, a_header(2), r"blocks \[1, 3\] and names \[2\]"),
+    ],
+)
+def test_a_header_of_ours_that_does_not_fit_is_one_sentence(
+    tmp_path: Path, tensors: dict[str, Any], header: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        read_vector(control_vector(tmp_path / "v.gguf", tensors, header))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_control_vector_that_repeng_wrote_lands_on_its_blocks(tmp_path: Path) -> None:
     rows = {layer: np.full(D, layer, np.float32) for layer in (2, 5, 11)}
     writer = gguf.GGUFWriter(tmp_path / "happy.gguf", "controlvector")
@@ -205,6 +269,50 @@ def test_neuronpedia_means_the_input_of_the_next_block(tmp_path: Path) -> None:
         read_vector(tmp_path / "v.json")
 
 
+def test_parameters_and_sparse_tensors_are_read_as_what_they_hold(tmp_path: Path) -> None:
+    whole = torch.arange(4.0)[:, None].expand(4, D).clone()
+    for name, content in (("parameter", torch.nn.Parameter(whole)), ("sparse", whole.to_sparse())):
+        torch.save(content, tmp_path / f"{name}.pt")
+        assert read_vector(tmp_path / f"{name}.pt").direction[:, 0].tolist() == [1, 2, 3]
+    torch.save(torch.nn.Parameter(whole[3]), tmp_path / "vec_layer_3.pt")
+    assert read_vector(tmp_path / "vec_layer_3.pt").direction.tolist() == [[3.0] * D]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("persona.pt", torch.ones(4, D, dtype=torch.complex64)),
+        ("vec_layer_1.pt", torch.ones(D, dtype=torch.complex64)),
+        ("vec_layer_2.pt", [torch.ones(2), torch.ones(3)]),
+        ("width.pt", torch.ones(4, 0)),
+        ("words.npy", np.array([["a", "b"], ["c", "d"]])),
+        ("imaginary.npy", np.ones((2, 3)) * 1j),
+        ("half.npz", b"PK\x03\x04 and then nothing"),
+        ("flipped.npz", None),
+        ("cut.npz", None),
+    ],
+)
+def test_files_of_no_numbers_and_damaged_ones_are_one_sentence(
+    tmp_path: Path, name: str, content: Any
+) -> None:
+    path = tmp_path / name
+    if path.suffix == ".pt":
+        torch.save(content, path)
+    elif path.suffix == ".npy":
+        np.save(path, content)
+    elif content is not None:
+        path.write_bytes(content)
+    else:
+        np.savez(path, layer_1=np.ones(D))
+        whole = path.read_bytes()
+        path.write_bytes(
+            whole[: len(whole) // 2] if name == "cut.npz" else whole[:60] + b"x" * 8 + whole[68:]
+        )
+    with pytest.raises(InputError) as caught:
+        read_vector(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
 class Code:
     def __reduce__(self) -> Any:
         return (print, ("this ran",))
@@ -277,7 +385,7 @@ def test_two_vectors_never_share_a_folder(tmp_path: Path, name: str) -> None:
     first = write_vector(a_vector(1, 3), folder, name)
     held = sorted(path.name for path in tmp_path.rglob("*"))
     assert first.layers == (1, 3) and not any("partial" in path for path in held)
-    with pytest.raises(InputError, match="already holds .*; choose another folder"):
+    with pytest.raises(InputError, match=r"already holds .*; choose another folder"):
         write_vector(a_vector(5), folder, name)
     assert read_vector(folder).layers == (1, 3) and sorted(p.name for p in tmp_path.rglob("*")) == held
 
