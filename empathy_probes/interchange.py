@@ -70,7 +70,7 @@ class Written:
     layers: tuple[int, ...]
     """0-based blocks written."""
     left_out: tuple[str, ...]
-    """What could not be carried, one sentence each."""
+    """What of its numbers could not be carried, one sentence each."""
 
 
 def read_vector(path: str | Path, format: str | None = None, layer: int | None = None) -> SteeringVector:
@@ -122,10 +122,20 @@ def write_vector(vector: SteeringVector, path: str | Path, format: str | None = 
             f"format '{name}' got a vector at {vector.site}, expected one at resid_post, the only site it knows; use {OWN}"
         )
     missing = writer(vector, path)
-    left_out = tuple(f"block {layer} is left out: {why}" for layer, why in missing.items())
+    left_out = [f"block {layer} is left out: {why}" for layer, why in missing.items()]
+    # Other tools add the rows as they are, so a multiple stays one; what it is a multiple of only our header says.
+    doses = np.linalg.norm(vector.relative, axis=1)
+    doses = doses[[layer not in missing for layer in vector.layers] & (doses > 0)]
+    if name not in HEADED and not np.allclose(doses, 1):
+        left_out.append(
+            f"the length of one dose is left out: rows of {doses.min():.3g} to {doses.max():.3g} doses are written as they are, and each "
+            "is one dose when it is read"
+        )
     for sentence in left_out:
         logger.warning("%s: %s", path, sentence)
-    return Written(path, name, tuple(layer for layer in vector.layers if layer not in missing), left_out)
+    return Written(
+        path, name, tuple(layer for layer in vector.layers if layer not in missing), tuple(left_out)
+    )
 
 
 def _entry(name: str) -> tuple[Reader | None, Writer]:
@@ -509,6 +519,8 @@ def _unwritable(path: Path, error: Exception) -> InputError:
 
 
 OWN = "empathy_probes"
+HEADED = (OWN, "gguf")
+"""Formats that carry our header."""
 FORMATS: dict[str, tuple[Reader | None, Writer]] = {
     OWN: (_read_own, _write_own),
     "gguf": (_read_gguf, _write_gguf),

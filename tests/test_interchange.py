@@ -14,7 +14,7 @@ import torch
 
 from empathy_probes import cli, interchange
 from empathy_probes.errors import InputError
-from empathy_probes.interchange import FORMATS, OWN, read_vector, write_vector
+from empathy_probes.interchange import FORMATS, HEADED, OWN, read_vector, write_vector
 from empathy_probes.store import write_file
 from empathy_probes.vectors import SteeringVector, make_vector
 
@@ -49,6 +49,21 @@ def test_what_is_written_is_read_back_on_the_same_blocks(tmp_path: Path, name: s
         assert again.layers == vector.layers and again.model == vector.model and again.rms == vector.rms
     one = read_vector(tmp_path / NAMES[name], layer=3)
     np.testing.assert_array_equal(one.direction, vector.direction[[1]])
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"neuronpedia"}))
+def test_a_multiple_is_written_as_it_is_and_the_length_of_a_dose_is_kept_or_said(
+    tmp_path: Path, name: str
+) -> None:
+    vector = -2 * a_vector(1, 3)
+    done = write_vector(vector, tmp_path / NAMES[name], name)
+    for layer in vector.layers:
+        again = read_vector(tmp_path / NAMES[name], name, layer)
+        np.testing.assert_array_equal(again.direction, vector.at(layer).direction)
+        expected = vector.at(layer).relative / (1 if name in HEADED else 2)
+        np.testing.assert_allclose(again.relative, expected, rtol=1e-6)
+    said = [sentence for sentence in done.left_out if "rows of 2 to 2 doses" in sentence]
+    assert len(said) == len(done.left_out) == (name not in HEADED)
 
 
 def test_a_gguf_file_holds_what_llama_cpp_looks_for(tmp_path: Path) -> None:
