@@ -8,8 +8,8 @@ persona-vectors      `.pt` of `[n_layers + 1, d]`: index 0 is the embedding, ind
 CAA                  a folder of `vec_layer_{i}.pt`, each `[d]`: what 0-based block i left.
 NumPy                `.npz`, or a folder of `.npy`: the number after layer, block or L in a name, or its only number, is the 0-based
                      block; one array `[n_layers, d]` has a row per block.
-Neuronpedia          JSON, written only: arguments of its client's `NPVector.new`. Its layers are inputs (`hook_resid_pre`): what
-                     block L left is the input of L + 1, and what the last block left has no place.
+Neuronpedia          JSON: arguments of its client's `NPVector.new`. Its layers are inputs (`hook_resid_pre`): what block L left is
+                     the input of L + 1, what the last block left has no place, and the input of 0 no block left.
 
 All of these mean the residual stream after a block. A format is one entry of `FORMATS`; numbers stay in raw activation units, and where a
 file says nothing else a direction's own length is one dose.
@@ -88,10 +88,6 @@ def read_vector(path: str | Path, format: str | None = None, layer: int | None =
     path = Path(path)
     name = format or _format_of(path)
     reader = _entry(name)[0]
-    if reader is None:
-        raise InputError(
-            f"format '{name}' can be written but not read, expected one of {', '.join(_readable())}; choose another"
-        )
     if not path.exists():
         raise InputError(
             f"no vector at {path}: expected a file or folder of the format '{name}'; check the path"
@@ -112,7 +108,7 @@ def write_vector(vector: SteeringVector, path: str | Path, format: str | None = 
         What was written, and what the format could not hold.
 
     Raises:
-        InputError: the format cannot hold this vector at all, or is read only.
+        InputError: the format cannot hold this vector at all, or the path cannot be written.
     """
     path = Path(path)
     name = format or _format_of(path)
@@ -138,16 +134,12 @@ def write_vector(vector: SteeringVector, path: str | Path, format: str | None = 
     )
 
 
-def _entry(name: str) -> tuple[Reader | None, Writer]:
+def _entry(name: str) -> tuple[Reader, Writer]:
     if name not in FORMATS:
         raise InputError(
             f"unknown vector format '{name}': expected one of {', '.join(FORMATS)}; choose one of these"
         )
     return FORMATS[name]
-
-
-def _readable() -> list[str]:
-    return [name for name, (reader, _) in FORMATS.items() if reader]
 
 
 def _format_of(path: Path) -> str:
@@ -406,6 +398,37 @@ def _write_numpy(vector: SteeringVector, path: Path) -> Mapping[int, str]:
 # ---------------------------------------------------------------- Neuronpedia
 
 
+def _read_neuronpedia(path: Path, layer: int | None) -> SteeringVector:
+    """Layer L → block L − 1, as `_write_neuronpedia` has it."""
+    try:
+        entries = json.loads(path.read_bytes())
+        entries = entries if isinstance(entries, list) else [entries]
+        found = [(entry["layer_num"], entry["hook_type"], np.array(entry["vector"])) for entry in entries]
+        about = {(str(entry["label"]), str(entry["model_id"])) for entry in entries}
+        strengths = {entry.get("default_steer_strength") or 1 for entry in entries} - {1}
+    except DAMAGED as error:
+        raise InputError(
+            f"{path} cannot be read as Neuronpedia vectors ({type(error).__name__}: {error}), expected a JSON list of objects with label, "
+            "model_id, layer_num, hook_type and vector; check the file"
+        ) from None
+    if len(about) > 1:
+        raise InputError(
+            f"{path} holds {len(about)} vectors ({'; '.join(' of '.join(one) for one in sorted(about))}), expected the layers of one; split "
+            "the file"
+        )
+    rows: dict[int, Float[np.ndarray, " d_model"]] = {}
+    for number, hook, values in found:
+        if hook != HOOK or type(number) is not int or number < 1 or number - 1 in rows:
+            raise InputError(
+                f"{path} holds a vector for layer_num {number} of {hook}, expected each layer once, from 1 on, of {HOOK}: the input of "
+                "layer 0 no block left; take it out"
+            )
+        rows[number - 1] = _row(values, path)
+    notes = tuple(f"default_steer_strength {strength} is left out" for strength in sorted(strengths, key=str))
+    label, model = about.pop() if about else ("", "")
+    return _from_rows(rows, path, concept=label, model={"name": model}, notes=notes)
+
+
 def _write_neuronpedia(vector: SteeringVector, path: Path) -> Mapping[int, str]:
     """What block L left → the input of block L + 1; what the last block left has no place there."""
     deep = vector.n_layers
@@ -487,7 +510,9 @@ def _from_rows(
         got = f"vectors of the lengths {lengths}" if rows else "no vector"
         raise InputError(f"{path} holds {got}, expected vectors of one length; check the file")
     layers = sorted(rows)
-    return make_vector(np.stack([rows[layer] for layer in layers]), layers, concept=path.stem, **described)
+    return make_vector(
+        np.stack([rows[layer] for layer in layers]), layers, **{"concept": path.stem, **described}
+    )
 
 
 def _write_folder(path: Path, files: Mapping[str, bytes], kind: str) -> None:
@@ -521,15 +546,15 @@ def _unwritable(path: Path, error: Exception) -> InputError:
 OWN = "empathy_probes"
 HEADED = (OWN, "gguf")
 """Formats that carry our header."""
-FORMATS: dict[str, tuple[Reader | None, Writer]] = {
+FORMATS: dict[str, tuple[Reader, Writer]] = {
     OWN: (_read_own, _write_own),
     "gguf": (_read_gguf, _write_gguf),
     "persona_vectors": (_read_persona, _write_persona),
     "caa": (_read_caa, _write_caa),
     "numpy": (_read_numpy, _write_numpy),
-    "neuronpedia": (None, _write_neuronpedia),
+    "neuronpedia": (_read_neuronpedia, _write_neuronpedia),
 }
-"""Name of a format → how it is read (None: it is not) and written."""
+"""Name of a format → how it is read and written."""
 SUFFIXES = {
     ".safetensors": OWN, ".gguf": "gguf", ".pt": "persona_vectors", ".npz": "numpy", ".npy": "numpy", ".json": "neuronpedia",
 }  # fmt: skip

@@ -37,7 +37,7 @@ def a_vector(*layers: int, site: str = "resid_post") -> SteeringVector:
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"neuronpedia"}))
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_what_is_written_is_read_back_on_the_same_blocks(tmp_path: Path, name: str) -> None:
     vector = a_vector(1, 3, 4)
     done = write_vector(vector, tmp_path / NAMES[name], name)
@@ -51,7 +51,7 @@ def test_what_is_written_is_read_back_on_the_same_blocks(tmp_path: Path, name: s
     np.testing.assert_array_equal(one.direction, vector.direction[[1]])
 
 
-@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"neuronpedia"}))
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_a_multiple_is_written_as_it_is_and_the_length_of_a_dose_is_kept_or_said(
     tmp_path: Path, name: str
 ) -> None:
@@ -280,8 +280,39 @@ def test_neuronpedia_means_the_input_of_the_next_block(tmp_path: Path) -> None:
     assert done.layers == (1,) and "block 5 is left out" in done.left_out[0]
     with pytest.raises(InputError, match="after the last block alone"):
         write_vector(a_vector(5), tmp_path / "last.json")
-    with pytest.raises(InputError, match="can be written but not read"):
-        read_vector(tmp_path / "v.json")
+    again = read_vector(tmp_path / "v.json")
+    assert again.layers == (1,) and again.concept == "valence" and again.model == {"name": "org/some-llama"}
+
+
+def test_only_one_vectors_inputs_are_read_from_neuronpedia(tmp_path: Path) -> None:
+    entry = {
+        "label": "joy", "model_id": "gpt2", "layer_num": 3, "hook_type": "hook_resid_pre", "vector": [1.0, 2],
+        "default_steer_strength": 40,
+    }  # fmt: skip
+    path = tmp_path / "v.json"
+    path.write_text(json.dumps(entry))
+    found = read_vector(path)
+    assert found.layers == (2,) and found.direction.tolist() == [[1, 2]] and "strength 40" in found.notes[0]
+    for entries, message in (
+        ([entry, entry], "expected each layer once"),
+        ([entry | {"layer_num": 0}], "layer_num 0 of hook_resid_pre"),
+        ([entry | {"layer_num": "3"}], "layer_num 3"),
+        ([entry | {"hook_type": "hook_z"}], "of hook_z"),
+        ([entry, entry | {"label": "fear", "layer_num": 4}], "fear of gpt2; joy of gpt2"),
+        ([entry | {"vector": [[1], [2, 3]]}], "cannot be read as Neuronpedia vectors"),
+        ([entry | {"vector": ["a"]}], "expected one vector"),
+        ([entry | {"default_steer_strength": [1]}], "cannot be read as Neuronpedia vectors"),
+        ([{"values": [1.0]}], "KeyError"),
+        ([], "holds no vector"),
+        (7, "cannot be read as Neuronpedia vectors"),
+    ):
+        path.write_text(json.dumps(entries))
+        with pytest.raises(InputError, match=message) as caught:
+            read_vector(path)
+        assert "\n" not in str(caught.value)
+    path.write_text("[{")
+    with pytest.raises(InputError, match="JSONDecodeError"):
+        read_vector(path)
 
 
 def test_parameters_and_sparse_tensors_are_read_as_what_they_hold(tmp_path: Path) -> None:
