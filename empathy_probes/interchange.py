@@ -355,8 +355,11 @@ def _read_numpy(path: Path, layer: int | None) -> SteeringVector:
         # arr_0 is what NumPy calls an array that was given no name.
         said = None if name == "arr_0" else _said(name)
         if np.ndim(array) != 2 or len(array) == 1:
-            block = _block(_said(path.stem) if said is None else said, path, layer)
-            return _from_rows({block: _row(array, path)}, path)
+            row = _row(array, path)
+            named = (
+                _block(_said(path.stem), path, layer) if said is None else _block(said, path / name, layer)
+            )
+            return _from_rows({named: row}, path)
         if LAYER_NUMBER.search(name):
             raise InputError(
                 f"{path} holds {len(array)} rows named '{name}', expected one vector for one layer, or a row per block and no layer in the "

@@ -255,6 +255,8 @@ def test_one_row_is_one_vector_and_rows_of_one_layer_are_refused(tmp_path: Path)
         assert found.layers == (7,) and found.direction.shape == (1, D) and found.n_layers is None
     with pytest.raises(InputError, match="does not say which block"):
         read_vector(single(tmp_path / "joy.npy", 1.0, (1, D)))
+    with pytest.raises(InputError, match=r"holds float64 of shape \[2, 3, 4\]"):
+        read_vector(single(tmp_path / "cube.npy", 1.0, (2, 3, 4)))
     with pytest.raises(InputError, match="holds 4 rows named 'layer_7'"):
         read_vector(single(tmp_path / "layer_7.npz", 1.0, (4, D)))
     # Given no name, an array is called arr_0 and the file's own name counts.
