@@ -244,7 +244,7 @@ def _add_vector(commands: Any, anywhere: _Parser) -> None:
         parents=[anywhere],
         help="from one format to another",
         description="Formats: empathy_probes (.safetensors), gguf, persona_vectors (.pt), caa (a folder of vec_layer_N.pt), "
-        "numpy (.npz or a folder of .npy), neuronpedia (.json, written only). Layers are 0-based blocks.",
+        "numpy (.npz or a folder of .npy), neuronpedia (.json). Layers are 0-based blocks.",
     )
     convert.add_argument("source", metavar="IN", help="file or folder")
     convert.add_argument("target", metavar="OUT", help="file, or folder where a format has a file per layer")

@@ -6,10 +6,10 @@ GGUF                 control vectors as llama.cpp and repeng read them: `directi
                      there; our header travels in one key of it and is read back.
 persona-vectors      `.pt` of `[n_layers + 1, d]`: index 0 is the embedding, index i what block i − 1 left.
 CAA                  a folder of `vec_layer_{i}.pt`, each `[d]`: what 0-based block i left.
-NumPy                `.npz`, or a folder of `.npy`: the last number in a name is the 0-based block; one array `[n_layers, d]` has
-                     a row per block.
-Neuronpedia          JSON, written only: arguments of its client's `NPVector.new`. Its layers are inputs (`hook_resid_pre`): what
-                     block L left is the input of L + 1, and what the last block left has no place.
+NumPy                `.npz`, or a folder of `.npy`: the number after layer, block or L in a name, or its only number, is the 0-based
+                     block; one array `[n_layers, d]` has a row per block.
+Neuronpedia          JSON: arguments of its client's `NPVector.new`. Its layers are inputs (`hook_resid_pre`): what block L left is
+                     the input of L + 1, what the last block left has no place, and the input of 0 no block left.
 
 All of these mean the residual stream after a block. A format is one entry of `FORMATS`; numbers stay in raw activation units, and where a
 file says nothing else a direction's own length is one dose.
@@ -20,8 +20,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
 import re
+import shutil
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,14 +37,22 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from empathy_probes.errors import InputError
+from empathy_probes.errors import InputError, StoreError
 from empathy_probes.store import HEADER, write_file
 from empathy_probes.vectors import SteeringVector, load_vector, make_vector, vector_from_header
 
 logger = logging.getLogger(__name__)
 ARCHITECTURE = "controlvector"
 CAA_NAME = "vec_layer_{}.pt"
+LAYER_NUMBER = re.compile(r"(?:layer|block|(?<![a-z])l)[ _.-]?(\d+)", re.IGNORECASE)
+# layer_-1 is the last one of a depth that the name does not say.
+LONE_NUMBER = re.compile(r"(?:\D*[\W_])?(?<![\W_]-)(\d+)(?:[\W_]\D*)?")
 HOOK = "hook_resid_pre"
+# What torch, NumPy and gguf raise at damaged files, found by damaging some at random.
+DAMAGED = (
+    OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, AssertionError, pickle.UnpicklingError, struct.error,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 Reader = Callable[[Path, int | None], SteeringVector]
 """From a file, and the block of a vector that does not say where it belongs, to all that is in it."""
@@ -56,7 +70,7 @@ class Written:
     layers: tuple[int, ...]
     """0-based blocks written."""
     left_out: tuple[str, ...]
-    """What could not be carried, one sentence each."""
+    """What of its numbers could not be carried, one sentence each."""
 
 
 def read_vector(path: str | Path, format: str | None = None, layer: int | None = None) -> SteeringVector:
@@ -68,16 +82,12 @@ def read_vector(path: str | Path, format: str | None = None, layer: int | None =
         layer: the 0-based block of a vector that does not say where it belongs; of any other, the block wanted.
 
     Raises:
-        InputError: the file is not of that format; the message says what was found.
+        InputError: the file is not of that format, or says another block than `layer`; the message says what was found.
         StoreError: a file of ours that is damaged or of a newer version.
     """
     path = Path(path)
     name = format or _format_of(path)
     reader = _entry(name)[0]
-    if reader is None:
-        raise InputError(
-            f"format '{name}' can be written but not read, expected one of {', '.join(_readable())}; choose another"
-        )
     if not path.exists():
         raise InputError(
             f"no vector at {path}: expected a file or folder of the format '{name}'; check the path"
@@ -98,7 +108,7 @@ def write_vector(vector: SteeringVector, path: str | Path, format: str | None = 
         What was written, and what the format could not hold.
 
     Raises:
-        InputError: the format cannot hold this vector at all, or is read only.
+        InputError: the format cannot hold this vector at all, or the path cannot be written.
     """
     path = Path(path)
     name = format or _format_of(path)
@@ -108,22 +118,28 @@ def write_vector(vector: SteeringVector, path: str | Path, format: str | None = 
             f"format '{name}' got a vector at {vector.site}, expected one at resid_post, the only site it knows; use {OWN}"
         )
     missing = writer(vector, path)
-    left_out = tuple(f"block {layer} is left out: {why}" for layer, why in missing.items())
+    left_out = [f"block {layer} is left out: {why}" for layer, why in missing.items()]
+    # Other tools add the rows as they are, so a multiple stays one; what it is a multiple of only our header says.
+    doses = np.linalg.norm(vector.relative, axis=1)
+    doses = doses[[layer not in missing for layer in vector.layers] & (doses > 0)]
+    if name not in HEADED and not np.allclose(doses, 1):
+        left_out.append(
+            f"the length of one dose is left out: rows of {doses.min():.3g} to {doses.max():.3g} doses are written as they are, and each "
+            "is one dose when it is read"
+        )
     for sentence in left_out:
         logger.warning("%s: %s", path, sentence)
-    return Written(path, name, tuple(layer for layer in vector.layers if layer not in missing), left_out)
+    return Written(
+        path, name, tuple(layer for layer in vector.layers if layer not in missing), tuple(left_out)
+    )
 
 
-def _entry(name: str) -> tuple[Reader | None, Writer]:
+def _entry(name: str) -> tuple[Reader, Writer]:
     if name not in FORMATS:
         raise InputError(
             f"unknown vector format '{name}': expected one of {', '.join(FORMATS)}; choose one of these"
         )
     return FORMATS[name]
-
-
-def _readable() -> list[str]:
-    return [name for name, (reader, _) in FORMATS.items() if reader]
 
 
 def _format_of(path: Path) -> str:
@@ -168,31 +184,46 @@ def _gguf() -> Any:
 
 
 def _read_gguf(path: Path, layer: int | None) -> SteeringVector:
-    """`direction.N` → block N."""
+    """`direction.N` → block N; of numbers that are neither F32 nor F16 only the bytes would be seen."""
+    keys = ("general.architecture", f"{ARCHITECTURE}.model_hint", f"{ARCHITECTURE}.{HEADER}")
     try:
         reader = _gguf().GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
+        fields = [reader.get_field(key) for key in keys]
+        architecture, hint, own = ("" if field is None else str(field.contents()) for field in fields)
+    except DAMAGED as error:
         raise InputError(
             f"{path} is no GGUF file ({error}), expected a control vector; check the path"
         ) from None
-
-    def text(key: str) -> str:
-        field = reader.get_field(key)
-        return "" if field is None else str(field.contents())
-
-    if text("general.architecture") != ARCHITECTURE:
+    if architecture != ARCHITECTURE:
         raise InputError(
-            f"{path} is a GGUF file of the architecture '{text('general.architecture')}', expected '{ARCHITECTURE}'; give a control vector"
+            f"{path} is a GGUF file of the architecture '{architecture}', expected '{ARCHITECTURE}'; give a control vector"
         )
-    rows = {int(t.name.rpartition(".")[2]): np.array(t.data, np.float32) for t in reader.tensors
-            if re.fullmatch(r"direction\.\d+", t.name)}  # fmt: skip
-    own = text(f"{ARCHITECTURE}.{HEADER}")
+    rows = {}
+    for tensor in reader.tensors:
+        name, kind, shape = tensor.name, tensor.tensor_type.name, [int(size) for size in tensor.shape]
+        number = re.fullmatch(r"direction\.([1-9]\d*)", name)
+        if number is None or kind not in ("F32", "F16") or len(shape) != 1:
+            raise InputError(
+                f"{path} holds '{name}' of type {kind} and shape {shape}, expected direction.N of N from 1 on, of type F32 or F16 and one "
+                "axis; export it again"
+            )
+        rows[int(number[1])] = np.array(tensor.data, np.float32)
+    found = _from_rows(rows, path, model={"name": hint})
     if not own:
-        return _from_rows(rows, path, model={"name": text(f"{ARCHITECTURE}.model_hint")})
-    header = json.loads(own)
-    whole = np.zeros((max(rows) + 1, len(next(iter(rows.values())))), np.float32)
-    whole[list(rows)] = list(rows.values())
-    return vector_from_header(whole, header, path)
+        return found
+    whole = np.zeros((found.layers[-1] + 1, found.d_model), np.float32)
+    whole[list(found.layers)] = found.direction
+    try:
+        headed = vector_from_header(whole, json.loads(own), path)
+    except json.JSONDecodeError as error:
+        raise StoreError(
+            f"{path} has a {HEADER} header that is not JSON ({error}), expected what this package writes; make it again"
+        ) from None
+    if headed.layers != found.layers:
+        raise StoreError(
+            f"{path} holds directions of the blocks {list(found.layers)} and names {list(headed.layers)}, expected the same; make it again"
+        )
+    return headed
 
 
 def _write_gguf(vector: SteeringVector, path: Path) -> Mapping[int, str]:
@@ -239,9 +270,12 @@ def _model_hint(model: Mapping[str, Any]) -> str:
 
 
 def _load_pt(path: Path) -> Any:
+    """What the file holds; a real tensor as a dense one of float32."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        plain = isinstance(found, torch.Tensor) and not found.is_complex()
+        return found.detach().to_dense().float() if plain else found
+    except DAMAGED as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(
             f"{path} cannot be read as tensors ({reason}), expected a file of tensors alone: anything else could run code; save the tensor again"
@@ -251,16 +285,16 @@ def _load_pt(path: Path) -> Any:
 def _read_persona(path: Path, layer: int | None) -> SteeringVector:
     """Index i → block i − 1; index 0, the embedding, has no block."""
     found = _load_pt(path)
-    if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) < 2:
-        got = (
-            f"a tensor of shape {list(found.shape)}"
-            if isinstance(found, torch.Tensor)
-            else f"a {type(found).__name__}"
-        )
+    if (
+        not isinstance(found, torch.Tensor)
+        or found.dtype != torch.float32
+        or found.ndim != 2
+        or len(found) < 2
+    ):
         raise InputError(
-            f"{path} holds {got}, expected a tensor [n_layers + 1, d_model] whose index 0 is the embedding; name the format it is in"
+            f"{path} holds {_what(found)}, expected a tensor [n_layers + 1, d_model] whose index 0 is the embedding; name the format it is in"
         )
-    rows = found.float().numpy()
+    rows = found.numpy()
     note = ("index 0, the embedding, is no block",) if rows[0].any() else ()
     return _from_rows(dict(enumerate(rows[1:])), path, notes=note, n_layers=len(rows) - 1)
 
@@ -270,14 +304,14 @@ def _write_persona(vector: SteeringVector, path: Path) -> Mapping[int, str]:
     deep = vector.layers[-1] + 1 if vector.n_layers is None else vector.n_layers
     whole = torch.zeros(deep + 1, vector.d_model)
     whole[[layer + 1 for layer in vector.layers]] = torch.as_tensor(vector.direction)
-    _save_pt(whole, path)
+    write_file(path, _pt_bytes(whole))
     return {}
 
 
 def _read_caa(path: Path, layer: int | None) -> SteeringVector:
     """`vec_layer_{i}.pt` → block i; a single file of another name needs `layer`."""
     if not path.is_dir():
-        return _from_rows({_block(path.name, path, layer): _row(_load_pt(path), path)}, path)
+        return _from_rows({_block(_said(path.stem), path, layer): _row(_load_pt(path), path)}, path)
     files = {
         int(m[1]): file
         for file in sorted(path.iterdir())
@@ -287,62 +321,115 @@ def _read_caa(path: Path, layer: int | None) -> SteeringVector:
 
 
 def _write_caa(vector: SteeringVector, path: Path) -> Mapping[int, str]:
-    for layer, row in zip(vector.layers, vector.direction, strict=True):
-        _save_pt(torch.as_tensor(row).clone(), path / CAA_NAME.format(layer))
+    files = {
+        CAA_NAME.format(layer): _pt_bytes(torch.as_tensor(row).clone())
+        for layer, row in zip(vector.layers, vector.direction, strict=True)
+    }
+    _write_folder(path, files, CAA_NAME.format("*"))
     return {}
 
 
-def _save_pt(tensor: torch.Tensor, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(tensor, path)
-    except (OSError, RuntimeError) as error:
-        raise _unwritable(path, error) from None
+def _pt_bytes(tensor: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------- NumPy
 
 
 def _read_numpy(path: Path, layer: int | None) -> SteeringVector:
-    """The last number of a name → that block; one array of two axes → a row per block."""
+    """The number of a name → that block; one array of several rows → a row per block."""
     try:
         if path.is_dir():
-            arrays = {file.stem: np.load(file, allow_pickle=False) for file in sorted(path.glob("*.npy"))}
+            arrays = {file.stem: _load_arrays(file) for file in sorted(path.glob("*.npy"))}
         else:
-            loaded = np.load(path, allow_pickle=False)
+            loaded = _load_arrays(path)
             arrays = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (ValueError, OSError, EOFError) as error:
+    except DAMAGED as error:
         raise InputError(
             f"{path} cannot be read as arrays ({error}), expected .npy or .npz without objects; save it again"
         ) from None
-    if len(arrays) == 1 and (only := next(iter(arrays.values()))).ndim == 2:
-        return _from_rows(dict(enumerate(np.asarray(only, np.float32))), path, n_layers=len(only))
+    if len(arrays) == 1:
+        ((name, array),) = arrays.items()
+        # arr_0 is what NumPy calls an array that was given no name.
+        said = None if name == "arr_0" else _said(name)
+        if np.ndim(array) != 2 or len(array) == 1:
+            row = _row(array, path)
+            named = (
+                _block(_said(path.stem), path, layer) if said is None else _block(said, path / name, layer)
+            )
+            return _from_rows({named: row}, path)
+        if LAYER_NUMBER.search(name):
+            raise InputError(
+                f"{path} holds {len(array)} rows named '{name}', expected one vector for one layer, or a row per block and no layer in the "
+                "name; rename it"
+            )
+        return _from_rows({i: _row(row, path) for i, row in enumerate(array)}, path, n_layers=len(array))
     rows: dict[int, Float[np.ndarray, " d_model"]] = {}
     for name, array in arrays.items():
-        block = _block(name, path, layer if len(arrays) == 1 else None)
+        block = _block(_said(name), path / name, None)
         if block in rows:
             raise InputError(f"{path} holds two arrays for block {block}, expected one each; rename one")
         rows[block] = _row(array, path)
     return _from_rows(rows, path)
 
 
+def _load_arrays(path: Path) -> Any:
+    # From bytes: np.load leaves a damaged .npz open.
+    return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+
+
 def _write_numpy(vector: SteeringVector, path: Path) -> Mapping[int, str]:
     rows = {f"layer_{layer}": row for layer, row in zip(vector.layers, vector.direction, strict=True)}
     if path.suffix == ".npy":
         raise InputError(f"{path} would hold one array without layers, expected .npz or a folder; choose one")
+    buffer = io.BytesIO()
     if path.suffix == ".npz":
-        buffer = io.BytesIO()
         np.savez(buffer, **rows)
         write_file(path, buffer.getvalue())
         return {}
+    files = {}
     for name, row in rows.items():
         buffer = io.BytesIO()
         np.save(buffer, row)
-        write_file(path / f"{name}.npy", buffer.getvalue())
+        files[f"{name}.npy"] = buffer.getvalue()
+    _write_folder(path, files, "*.npy")
     return {}
 
 
 # ---------------------------------------------------------------- Neuronpedia
+
+
+def _read_neuronpedia(path: Path, layer: int | None) -> SteeringVector:
+    """Layer L → block L − 1, as `_write_neuronpedia` has it."""
+    try:
+        entries = json.loads(path.read_bytes())
+        entries = entries if isinstance(entries, list) else [entries]
+        found = [(entry["layer_num"], entry["hook_type"], np.array(entry["vector"])) for entry in entries]
+        about = {(str(entry["label"]), str(entry["model_id"])) for entry in entries}
+        strengths = {entry.get("default_steer_strength") or 1 for entry in entries} - {1}
+    except DAMAGED as error:
+        raise InputError(
+            f"{path} cannot be read as Neuronpedia vectors ({type(error).__name__}: {error}), expected a JSON list of objects with label, "
+            "model_id, layer_num, hook_type and vector; check the file"
+        ) from None
+    if len(about) > 1:
+        raise InputError(
+            f"{path} holds {len(about)} vectors ({'; '.join(' of '.join(one) for one in sorted(about))}), expected the layers of one; split "
+            "the file"
+        )
+    rows: dict[int, Float[np.ndarray, " d_model"]] = {}
+    for number, hook, values in found:
+        if hook != HOOK or type(number) is not int or number < 1 or number - 1 in rows:
+            raise InputError(
+                f"{path} holds a vector for layer_num {number} of {hook}, expected each layer once, from 1 on, of {HOOK}: the input of "
+                "layer 0 no block left; take it out"
+            )
+        rows[number - 1] = _row(values, path)
+    notes = tuple(f"default_steer_strength {strength} is left out" for strength in sorted(strengths, key=str))
+    label, model = about.pop() if about else ("", "")
+    return _from_rows(rows, path, concept=label, model={"name": model}, notes=notes)
 
 
 def _write_neuronpedia(vector: SteeringVector, path: Path) -> Mapping[int, str]:
@@ -374,32 +461,82 @@ def _write_neuronpedia(vector: SteeringVector, path: Path) -> Mapping[int, str]:
 
 
 def _row(found: Any, path: Path) -> Float[np.ndarray, " d_model"]:
-    array = found.float().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
-    if array.ndim != 1 or array.dtype.kind != "f":
-        got = f"shape {list(array.shape)}" if array.dtype.kind == "f" else f"a {type(found).__name__}"
+    array = np.asarray(found) if isinstance(found, torch.Tensor | np.ndarray) else np.array(None)
+    array = array[0] if array.ndim == 2 and len(array) == 1 else array
+    if array.ndim != 1 or array.dtype.kind not in "fiu":
         raise InputError(
-            f"{path} holds {got} for one layer, expected one vector [d_model] of numbers; name the format it is in"
+            f"{path} holds {_what(found)} for one layer, expected one vector [d_model] of numbers; name the format it is in"
         )
     return array.astype(np.float32)
 
 
-def _block(name: str, path: Path, layer: int | None) -> int:
-    numbers = re.findall(r"\d+", Path(name).stem)
-    if layer is None and not numbers:
+def _what(found: Any) -> str:
+    if isinstance(found, torch.Tensor | np.ndarray):
+        return f"{found.dtype} of shape {list(found.shape)}"
+    return f"a {type(found).__name__}"
+
+
+def _said(name: str) -> int | None:
+    """The block that a name says: the number after layer, block or L, else its only number, standing alone.
+
+    >>> [_said(name) for name in ("L12_seed0", "model2_layer_1", "joy_7", "gpt2_joy", "3_of_8")]
+    [12, 1, 7, None, None]
+    """
+    found = {int(number) for number in LAYER_NUMBER.findall(name)}
+    if not found and (lone := LONE_NUMBER.fullmatch(name)):
+        found = {int(lone[1])}
+    return found.pop() if len(found) == 1 else None
+
+
+def _block(said: int | None, path: Path, layer: int | None) -> int:
+    """`layer` counts only where the name says no block."""
+    if said is None:
+        if layer is None:
+            raise InputError(
+                f"{path} does not say which block it belongs to, expected a name such as layer_7; rename it, or say the block of a single "
+                "vector with layer (--layer)"
+            )
+        return layer
+    if layer not in (None, said):
         raise InputError(
-            f"{path} does not say which block '{name}' belongs to, expected a number in the name; say it with layer (--layer)"
+            f"{path} is named as the vector of block {said}, but layer {layer} was asked for, expected the same; leave layer out, or "
+            "rename it"
         )
-    return int(numbers[-1]) if layer is None else layer
+    return said
 
 
 def _from_rows(
     rows: Mapping[int, Float[np.ndarray, " d_model"]], path: Path, **described: Any
 ) -> SteeringVector:
-    if not rows or len({len(row) for row in rows.values()}) > 1:
-        got = f"lengths {sorted({len(row) for row in rows.values()})}" if rows else "no vector"
+    lengths = sorted({len(row) for row in rows.values()})
+    if len(lengths) != 1 or lengths == [0]:
+        got = f"vectors of the lengths {lengths}" if rows else "no vector"
         raise InputError(f"{path} holds {got}, expected vectors of one length; check the file")
     layers = sorted(rows)
-    return make_vector(np.stack([rows[layer] for layer in layers]), layers, concept=path.stem, **described)
+    return make_vector(
+        np.stack([rows[layer] for layer in layers]), layers, **{"concept": path.stem, **described}
+    )
+
+
+def _write_folder(path: Path, files: Mapping[str, bytes], kind: str) -> None:
+    """A file per layer, into a folder without any of the kind: all that lie there are read as one vector."""
+    if held := sorted(path.glob(kind)):
+        raise InputError(
+            f"the folder {path} already holds {held[0].name}, expected no {kind}: it would be read as a layer of the same vector; choose "
+            "another folder"
+        )
+    path = path.resolve()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        for name, data in files.items():
+            write_file(partial / name, data)
+        path.mkdir(exist_ok=True)
+        for name in files:
+            (partial / name).replace(path / name)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _unwritable(path: Path, error: Exception) -> InputError:
@@ -410,15 +547,17 @@ def _unwritable(path: Path, error: Exception) -> InputError:
 
 
 OWN = "empathy_probes"
-FORMATS: dict[str, tuple[Reader | None, Writer]] = {
+HEADED = (OWN, "gguf")
+"""Formats that carry our header."""
+FORMATS: dict[str, tuple[Reader, Writer]] = {
     OWN: (_read_own, _write_own),
     "gguf": (_read_gguf, _write_gguf),
     "persona_vectors": (_read_persona, _write_persona),
     "caa": (_read_caa, _write_caa),
     "numpy": (_read_numpy, _write_numpy),
-    "neuronpedia": (None, _write_neuronpedia),
+    "neuronpedia": (_read_neuronpedia, _write_neuronpedia),
 }
-"""Name of a format → how it is read (None: it is not) and written."""
+"""Name of a format → how it is read and written."""
 SUFFIXES = {
     ".safetensors": OWN, ".gguf": "gguf", ".pt": "persona_vectors", ".npz": "numpy", ".npy": "numpy", ".json": "neuronpedia",
 }  # fmt: skip

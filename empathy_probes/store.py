@@ -207,7 +207,13 @@ def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> N
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """`write_atomically` for a local path."""
+    """`write_atomically` for a local path.
+
+    Raises:
+        InputError: the path cannot be written, or is a folder: a file would be moved into it.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected a file or nothing there; choose another path")
     write_atomically(fsspec.filesystem("file"), path.resolve().as_posix(), data)
 
 
@@ -262,12 +268,16 @@ def record_from_bytes(data: bytes, types: Mapping[str, type], path: str | Path) 
     return _unpack(header["record"], arrays, types, Path(path))
 
 
-def check_schema(found: int, path: str | Path) -> None:
+def check_schema(found: Any, path: str | Path) -> None:
     """Refuse files of a newer version by name.
 
     Raises:
-        StoreError: `found` is newer than `SCHEMA_VERSION`.
+        StoreError: `found` is newer than `SCHEMA_VERSION`, or no number.
     """
+    if not isinstance(found, int):
+        raise StoreError(
+            f"{path} has schema version {found!r}, expected a number up to {SCHEMA_VERSION}; make it again"
+        )
     if found > SCHEMA_VERSION:
         raise StoreError(
             f"{path} has schema version {found}, but this package knows versions up to {SCHEMA_VERSION}; "

@@ -334,30 +334,41 @@ def load_vector(path: str | Path) -> SteeringVector:
     return vector_from_header(rows, header, path)
 
 
-def vector_from_header(
-    rows: Float[np.ndarray, "n_layers d_model"], header: Mapping[str, Any], path: Path
-) -> SteeringVector:
-    """A vector from all its rows and what `SteeringVector.header` says.
+def vector_from_header(rows: np.ndarray, header: Any, path: Path) -> SteeringVector:
+    """A vector from all its rows `[n_layers d_model]` and what `SteeringVector.header` says, both as a file had them.
 
     Raises:
-        StoreError: a newer schema, other layers than there are rows, or another convention for them.
+        StoreError: a newer schema, other layers than there are rows, another convention for them, or a header that is not ours.
     """
-    check_schema(header.get("schema_version", 1), path)
-    layers = tuple(int(layer) for layer in header.get("layers", ()))
-    convention = header.get("layer_convention")
-    if convention != LAYER_CONVENTION or not layers or max(layers) >= len(rows):
+    if rows.ndim != 2 or not isinstance(header, dict):
         raise StoreError(
-            f"{path} counts layers as '{convention}' and names {list(layers)} of {len(rows)} rows, expected '{LAYER_CONVENTION}' and rows "
+            f"{path} holds a direction of shape {list(rows.shape)} and a header that is a {type(header).__name__}, expected "
+            "[n_layers, d_model] and a dict; make it again"
+        )
+    check_schema(header.get("schema_version", 1), path)
+    convention = header.get("layer_convention")
+    layers: Any = header.get("layers")
+    named = isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < len(rows) for i in layers)
+    if convention != LAYER_CONVENTION or not named:
+        raise StoreError(
+            f"{path} counts layers as '{convention}' and names {layers} of {len(rows)} rows, expected '{LAYER_CONVENTION}' and rows "
             "for each; make it again"
         )
     # Files written before doses were: a direction's own length is one.
     kept = {name: header[name] for name in ("concept", "category", "model", "template", "estimator", "site", "seed", "stimuli")
             if name in header}  # fmt: skip
-    made = make_vector(
-        rows[list(layers)], layers, rms=tuple(header.get("rms", ())), notes=tuple(header.get("notes", ())),
-        n_layers=header.get("n_layers", len(rows)), **kept,
-    )  # fmt: skip
-    return replace(made, unit=np.array(header["unit"], float)) if "unit" in header else made
+    deep = header.get("n_layers", len(rows))
+    try:
+        if deep is not None and deep <= max(layers):
+            raise ValueError(f"{deep} blocks, but the layers {layers}")
+        made = make_vector(
+            rows[layers], layers, rms=tuple(header.get("rms", ())), notes=tuple(header.get("notes", ())), n_layers=deep, **kept
+        )  # fmt: skip
+        return replace(made, unit=np.array(header["unit"], float)) if "unit" in header else made
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path} has a damaged {HEADER} header ({error}), expected what SteeringVector.save writes; make it again"
+        ) from None
 
 
 # ---------------------------------------------------------------- places

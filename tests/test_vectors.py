@@ -341,7 +341,15 @@ def test_files_of_studies_before_doses_are_still_read(tmp_path: Path) -> None:
     [
         ({"schema_version": 99}, "schema version 99"),
         ({"layer_convention": "hidden_states index"}, "counts layers as 'hidden_states index'"),
+        ({"schema_version": "x"}, "schema version 'x'"),
         ({"layers": [0, 7]}, r"names \[0, 7\] of 3 rows"),
+        ({"layers": [-1, 2]}, r"names \[-1, 2\] of 3 rows"),
+        ({"layers": None}, "names None of 3 rows"),
+        ({"layers": ["a"]}, "names .*'a'.* of 3 rows"),
+        ({"n_layers": 2}, "2 blocks, but the layers"),
+        ({"n_layers": "six"}, "damaged empathy_probes header"),
+        ({"rms": None}, "damaged empathy_probes header"),
+        ({"unit": ["long", "short"]}, "damaged empathy_probes header"),
     ],
 )
 def test_a_file_of_another_convention_or_version_is_refused(
@@ -358,7 +366,11 @@ def test_a_file_of_another_convention_or_version_is_refused(
 def test_a_file_that_is_no_vector_is_refused(tmp_path: Path) -> None:
     save_file({"other": np.ones(3, np.float32)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors here")
-    for name in ("other", "text", "missing"):
+    save_file({"direction": np.ones((3, 4))}, tmp_path / "list.safetensors", {"empathy_probes": "[1]"})
+    save_file(
+        {"direction": np.ones(4)}, tmp_path / "flat.safetensors", {"empathy_probes": json.dumps(old_header())}
+    )
+    for name in ("other", "text", "missing", "list", "flat"):
         with pytest.raises(StoreError, match=r"\.safetensors"):
             load_vector(tmp_path / f"{name}.safetensors")
 
