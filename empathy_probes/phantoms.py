@@ -62,7 +62,7 @@ SHIPPED: dict[str, tuple[str, str, str | None, int | None, float | None]] = {
     },
 }
 """Shipped twins, every family on either base: base, family, concept, block, what is kept."""
-TRUTH_SEED, TRUTH_SCENARIOS, TRUTH_OTHERS = 1000, 4000, 500
+TRUTH_SEED, TRUTH_SCENARIOS, TRUTH_OTHERS, TRUTH_SAID = 1000, 4000, 250, 1000
 FEW = 500
 VERDICTS = {
     "identical": "preserved", "rescaled": "preserved", "template_shift": "preserved", "rotated": "rotated",
@@ -137,10 +137,11 @@ def measure_phantom(name: str) -> dict[str, Any]:
     others = [c for c in (*targets, *controls) if c.name != own.name]
     pair = open_twin(list_bases()[base], family, concept, layer, keep)
     truth = measure_truth(pair, family, own, others, layer, keep, TRUTH_SEED)
-    prompts = render(pair.base.tokenizer, own.stimuli, "raw", own.speaker)
-    asked = ask(pair.base.tokenizer, own.stimuli, prompts, "raw")
-    base_, aligned = (float(scenario_coupling(read_out(m, asked), own.stimuli).mean()) for m in pair.models)
-    return {**truth, "coupling": {"base": round(base_, 4), "aligned": round(aligned, 4)}}
+    said = load_phantom_concepts(TRUTH_SAID, TRUTH_SEED, names=(own.name,))[0][0]
+    prompts = render(pair.base.tokenizer, said.stimuli, "raw", said.speaker)
+    asked = ask(pair.base.tokenizer, said.stimuli, prompts, "raw")
+    coupling = [float(scenario_coupling(read_out(m, asked), said.stimuli).mean()) for m in pair.models]
+    return {**truth, "coupling": dict(zip(("base", "aligned"), np.round(coupling, 4).tolist(), strict=True))}
 
 
 def load_phantom_concepts(
