@@ -18,7 +18,13 @@ from empathy_probes import wording
 from empathy_probes.attribution_plots import attribution_figure, attribution_plotly
 from empathy_probes.coupling_plots import coupling_figure, coupling_plotly
 from empathy_probes.pages import Picture, Section, Tables, head_and_rows, make_picture, parts, slug
-from empathy_probes.patching_plots import patching_figure, patching_plotly
+from empathy_probes.patching_plots import (
+    estimate_figure,
+    patching_figure,
+    patching_plotly,
+    transplant_figure,
+    transplant_plotly,
+)
 from empathy_probes.steering_plots import gain_figure
 from empathy_probes.stitching_plots import stitching_figure, stitching_plotly
 
@@ -79,6 +85,23 @@ EFFECTS = {
         patching_figure,
         patching_plotly,
     ),
+    "attribution_patching": Effect(
+        "How good is the estimate from gradients?",
+        "A gradient says to first order what every patch would do, in two runs instead of one per place. The largest estimates and a "
+        "random sample of the others were patched exactly: points on the dotted line are estimated right.",
+        "estimated against exact patching at every place that was checked, by direction",
+        estimate_figure,
+        None,
+    ),
+    "transplant": Effect(
+        "Does the other model's state restore it?",
+        "After each layer one model's component of the concept takes the place of the other's own, and the rest of the run follows. "
+        "0 is as before, 1 as the donor answers. Beside it stand the full state, everything but the component, directions at random "
+        "and the component of another scenario.",
+        "share of the models' difference that a transplant after each layer brings along, both ways",
+        transplant_figure,
+        transplant_plotly,
+    ),
     "attribution": Effect(
         "Who writes it?",
         "The residual stream is a sum of what the embedding, every head and every MLP write. Along a concept's direction each term is "
@@ -104,7 +127,11 @@ def effect_section(key: str, study: Tables) -> list[Section]:
     order = {"shared": 0, "raw": 1}
     templates = sorted(frame["template"].unique(), key=lambda name: order.get(name, 2))
     ledger = {str(row["concept"]): row for row in study.tables["ledger"].to_dict("records")}
-    targets = [name for name in dict.fromkeys(frame["concept"]) if ledger[name]["role"] == "target"]
+    targets = [
+        name
+        for name in dict.fromkeys(frame["concept"])
+        if ledger.get(name, {"role": "target"})["role"] == "target"
+    ]
     shown: list[tuple[str, str, list[Picture], bool]] = []
     for name in targets if effect.per_concept else [""]:
         pictures = [_picture(key, effect, frame, name, template) for template in templates]

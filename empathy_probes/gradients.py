@@ -340,3 +340,6 @@ def _toward(goal: Tensor, share: float, then: Edit | None) -> Edit:
         return moved if then is None else then(moved)
 
     return edit
+
+
+TYPES = {cls.__name__: cls for cls in (EstimatedPatching, EstimatedConcept, Place)}
