@@ -26,7 +26,7 @@ from empathy_probes.gradients import TYPES as ESTIMATE_TYPES
 from empathy_probes.gradients import EstimatedPatching
 from empathy_probes.patching import TYPES as PATCHING_TYPES
 from empathy_probes.patching import Patching, patch_design
-from empathy_probes.readouts import has_readout, with_readout
+from empathy_probes.readouts import ask_design, has_readout, with_readout
 from empathy_probes.steering import dose_response_design, spread_layers
 from empathy_probes.stitching import StitchedConcept, Stitching, check_replay, stitch_design
 from empathy_probes.store import Store, digest_of
@@ -139,7 +139,7 @@ def plan_questions(design: Design, stages: Sequence[str]) -> tuple[tuple[Questio
     """The questions that will be asked, and why others will not be.
 
     Raises:
-        InputError: a stage is asked of a model that cannot answer it.
+        InputError: a stage is asked of a model that cannot answer it, or a readout cannot be asked.
     """
     wanted, notes = check_stages(stages), []
     later = [stage for stage in wanted if stage != "encode"]
@@ -155,6 +155,10 @@ def plan_questions(design: Design, stages: Sequence[str]) -> tuple[tuple[Questio
             notes.append(f"Without a readout, and so in no stage but encode: {', '.join(silent)}.")
         if "use" in later:
             check_replay(design.pair)
+        for concept in asked:
+            for template in design.templates:
+                for side in (0, 1):
+                    ask_design(design, concept, template, side)
     questions = []
     for question in QUESTIONS:
         if question.stage not in wanted:

@@ -262,6 +262,17 @@ def test_a_readout_file_asks_for_all_or_for_each_by_name(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_a_readout_that_cannot_be_asked_is_refused_before_anything_runs(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: tuple[str, ...]
+) -> None:
+    (tmp_path / "two.json").write_text(json.dumps({"answers": [[" red dog"], [" blue"]]}))
+    options = ("--bare", "--stages", "use", "--readout", str(tmp_path / "two.json"), *dry)
+    assert compare(folders, tmp_path / "out", *options, "--store", str(tmp_path / "store")) == 2
+    assert "readout answer ' red dog' is 2 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()
+
+
 def test_a_study_file_names_stages_and_readout(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "ask.json").write_text(json.dumps(ANSWERS))
     (tmp_path / "study.toml").write_text(
