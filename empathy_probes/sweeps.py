@@ -175,7 +175,8 @@ def make_cells(
     """Every site, with the same place in the next window − 1 blocks, at every position.
 
     Raises:
-        InputError: no sites, one beyond the model, or a window that is not between 1 and the number of blocks.
+        InputError: no sites, one beyond the model, a window that is not between 1 and the number of blocks, or one that fits
+            behind none of the sites.
     """
     if not sites:
         raise InputError("sites got an empty list, expected at least one; name one or leave the option out")
@@ -194,6 +195,12 @@ def make_cells(
         for site in unique
         if site.layer + window <= model.n_layers
     ]
+    if not spans:
+        first = min(site.layer for site in unique)
+        raise InputError(
+            f"a window of {window} blocks from block {first} on ends beyond '{model.name}', expected one within its {model.n_layers} "
+            "blocks; choose a smaller window or an earlier site"
+        )
     return tuple(Cell(span, position) for span in spans for position in positions)
 
 

@@ -384,6 +384,7 @@ def test_both_models_of_a_design_are_patched_and_a_pair_with_itself_gives_equal_
         ({"template": "own"}, "unknown template 'own'"),
         ({"sites": [Site(9)]}, "is not in"),
         ({"sites": []}, "sites got an empty list"),
+        ({"sites": [Site(3)], "window": 2}, "a window of 2 blocks from block 3 on ends beyond"),
         ({"readout": None}, "has no readout"),
     ],
 )
@@ -480,6 +481,22 @@ def test_every_estimate_comes_with_its_check(llama: Model, tmp_path: Path) -> No
     assert "nothing else was left to check" in everything.concepts[0].sentence
     with pytest.raises(InputError, match="steps, top and sample"):
         attribution_patch(llama, concept_of(4), top=0)
+
+
+def test_what_an_estimate_s_check_says_is_true_whatever_was_checked(llama: Model) -> None:
+    few: dict[str, Any] = {"direction": "denoise", "top": 1, "sample": 0}
+    (none,) = attribution_patch(llama, concept_of(6), positions=["last"], **few).concepts
+    assert none.exceeding == 1 and math.isnan(none.worst_rest)
+    detected = replace(
+        none, clean=none.clean + 100
+    )  # whether this model's effect is detected is not the question
+    assert detected.sentence.endswith("none of the other 4 was checked")
+    assert "rank agreement with exact patching not defined without two places" in none.sentence
+    assert "the effect is not detected" in replace(none, clean=none.corrupted).sentence
+    pairs = [("the man saw red", "the man saw blue"), ("a dog was old", "a dog was new")]
+    (empty,) = attribution_patch(llama, pairs, readout=ANSWERS, positions=["after"], **few).concepts
+    assert math.isnan(empty.worst_top) and math.isnan(empty.agreement.value)
+    assert empty.sentence.endswith("no text has a token at the places asked for, so nothing was estimated")
 
 
 def test_figures_are_drawn_from_tables(llama: Model) -> None:
