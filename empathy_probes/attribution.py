@@ -409,7 +409,7 @@ def _check(pair: ModelPair, layer: int, direction: str) -> None:
         raise InputError(
             f"unknown direction '{direction}': expected one of {', '.join(DIRECTIONS)}; choose one"
         )
-    if not 0 <= layer < pair.base.n_layers:
+    if not isinstance(layer, int | np.integer) or not 0 <= layer < pair.base.n_layers:
         raise InputError(
             f"layer got {layer}, expected a block index from 0 to {pair.base.n_layers - 1} of '{pair.base.name}'; choose among those"
         )

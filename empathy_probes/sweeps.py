@@ -45,11 +45,15 @@ class Continuation:
 
 
 def check_continuable(model: Model) -> None:
-    """Refuse a model that cannot be continued from a state.
+    """Refuse a model that cannot be continued from a state, and what is no model.
 
     Raises:
         InputError: the message says why.
     """
+    if not isinstance(model, Model):
+        raise InputError(
+            f"model got a {type(model).__name__}, expected one model; pass pair.base or pair.aligned"
+        )
     if model.replay_refusal:
         raise InputError(
             f"'{model.name}' ({model.architecture}) cannot be continued from a state: {model.replay_refusal}, expected it to "
@@ -180,7 +184,11 @@ def make_cells(
     """
     if not sites:
         raise InputError("sites got an empty list, expected at least one; name one or leave the option out")
-    if not 1 <= window <= model.n_layers:
+    if not all(isinstance(site, Site) for site in sites):
+        raise InputError(
+            f"sites got {sites!r}, expected places such as Site(3); pass a list of these, or sites_of(model, 'resid_post')"
+        )
+    if not isinstance(window, int | np.integer) or not 1 <= window <= model.n_layers:
         raise InputError(
             f"window got {window}, expected 1 to {model.n_layers}, the blocks of '{model.name}'; choose a number of blocks"
         )

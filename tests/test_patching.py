@@ -18,7 +18,7 @@ from empathy_probes.design import Settings, design_study
 from empathy_probes.errors import EmpathyProbesError, InputError
 from empathy_probes.gradients import EstimatedConcept, EstimatedPatching, attribution_patch, estimated_changes
 from empathy_probes.models import Model
-from empathy_probes.pairs import load_pair
+from empathy_probes.pairs import ModelPair, load_pair
 from empathy_probes.patching import PATCHING_COLUMNS, PatchedConcept, Patching, patch, patch_design
 from empathy_probes.patching_plots import patching_plotly
 from empathy_probes.prompts import outside_messages, render
@@ -394,6 +394,27 @@ def test_what_cannot_be_patched_is_refused(llama: Model, wrong: dict[str, Any], 
         patch(llama, concept, **({"readout": ANSWERS} | wrong))
     with pytest.raises(InputError, match="1 pairs of texts"):
         patch(llama, [("the man", "the dog")], readout=ANSWERS)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"sites": "resid_post"}, "sites got 'resid_post', expected places such as Site"),
+        ({"sites": [3]}, "sites got \\[3\\], expected places such as Site"),
+        ({"window": 1.5}, "window got 1.5, expected 1 to 4"),
+        ({"readout": "x"}, "readout got 'x', expected a ReadoutSpec"),
+        ({"concepts": [("the man", "a man", "a cat")] * 2}, "expected two texts"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_by_name(llama: Model, wrong: dict[str, Any], what: str) -> None:
+    options = {"concepts": concept_of(), "readout": ANSWERS} | wrong
+    with pytest.raises(InputError, match=what):
+        patch(llama, **options)
+    two: Any = ModelPair(llama, llama)
+    for verb in (patch, attribution_patch):
+        with pytest.raises(InputError, match=r"model got a ModelPair, expected one model; pass pair\.base"):
+            verb(two, concept_of())
 
 
 def test_a_model_that_cannot_be_continued_is_refused(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
