@@ -111,7 +111,7 @@ class Study:
                 self.finding, *(self.result(key) for key in ("coupling", "stitching", "gain"))
             ),
         }
-        return {stem: _read_table(_table_bytes(frame)) for stem, frame in frames.items()}
+        return {stem: _as_saved(frame) for stem, frame in frames.items()}
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
@@ -352,6 +352,13 @@ def load_study(folder: str | Path) -> Study:
 
 def _table_bytes(frame: pd.DataFrame) -> bytes:
     return frame.to_csv(index=False, float_format="%.10g").encode()
+
+
+def _as_saved(frame: pd.DataFrame) -> pd.DataFrame:
+    """With the numbers as a file holds them, and what the figures know beside them."""
+    saved = _read_table(_table_bytes(frame))
+    saved.attrs = frame.attrs
+    return saved
 
 
 def _read_table(data: bytes) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,22 @@ def test_a_study_of_every_result_that_a_notebook_measures_is_saved_loaded_and_re
     page = (tmp_path / "study" / "report.html").read_text(encoding="utf8")
     for figure in ("transplant", "attribution-patching", "patching"):
         assert 'src="data:image' in page.split(f'id="stage-{figure}"')[1].split("</section>")[0]
+
+
+def test_the_report_shows_what_no_column_holds(notebook: tuple[ModelPair, list[Any]]) -> None:
+    _, results = notebook
+    study = Study("by hand", results)
+    page = render_report(study)
+
+    def section(key: str) -> str:
+        return unescape(page.split(f'id="stage-{key}"')[1].split("</section>")[0])
+
+    for heading in ("ed50", "tolerated", "controls", "random", "p shuffled"):
+        assert f'<button type="button">{heading}</button>' in section("gain")
+    lens = study.result("attribution").concepts[0].lens[1]
+    assert f"{lens.up[0]!r} {lens.up_logits[0]:+.2f}" in section("attribution")
+    assert f"{lens.down[0]!r} {lens.down_logits[0]:+.2f}" in section("attribution")
+    assert study.tables["gain"].attrs["control_gains"] == results[-2].to_frame().attrs["control_gains"]
 
 
 def test_a_study_takes_pairs_of_texts_beside_its_concepts(
