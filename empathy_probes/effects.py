@@ -85,8 +85,8 @@ EFFECTS = {
         detail_words="By block and model: the gain in nats per dose; where 95 % of random directions lie; the smallest and the largest "
         "gain along a control concept's direction; p against shuffled labels; the dose that moves the answer by half of what the "
         "base's own texts move it (ED50); and tolerated, the doses up to which none costs more than bound times the neutral "
-        "perplexity. Brackets of gain and ED50 are 95 % intervals over scenarios; a dash is what no dose of the grid reaches, or "
-        "what was not asked.",
+        "perplexity. Brackets of gain and ED50 are 95 % intervals over scenarios; a dash, or an end at inf, is "
+        "what no dose of the grid reaches; a dash is also what was not asked.",
     ),
     "patching": Effect(
         "Where is it carried to the answer?",

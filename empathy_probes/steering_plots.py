@@ -173,7 +173,7 @@ def _draw_response(axes: Axes, rows: pd.DataFrame, model: str) -> None:
     for k, slope in enumerate(_control_range(rows, model)):
         axes.plot(
             small, zero + small * slope, color=colour, linestyle=":", linewidth=1.2,
-            label=f"control concepts, {model} (smallest, largest)" if k else "_",
+            label=f"control concepts, {model} (range)" if k else "_",
         )  # fmt: skip
 
 
