@@ -251,6 +251,29 @@ class Attribution(Result):
         frame.attrs["n_layers"] = self.n_layers
         return frame
 
+    def lens_frame(self, top: int = 5) -> pd.DataFrame:
+        """One row per concept, template, model and side: the tokens that the contrast raises or lowers most, and how far, in nats.
+
+        `null_95` is the 95 % quantile of the most extreme token of random directions, and `p` that of the first token.
+        """
+        rows = []
+        for c in self.concepts:
+            for model, lens in zip(MODELS, c.lens, strict=False):
+                frame = lens.to_frame()
+                for side in ("up", "down"):
+                    part = frame[frame["side"] == side].head(top)
+                    tokens = ", ".join(
+                        f"{token!r} {logit:+.2f}"
+                        for token, logit in zip(part["token"], part["logit"], strict=True)
+                    )
+                    rows.append(
+                        {
+                            "concept": c.concept, "template": c.template, "model": model, "side": side, "tokens": tokens,
+                            "null_95": part["null_95"].iloc[0], "p": part["p"].iloc[0], "n_neutral": lens.n_neutral,
+                        }
+                    )  # fmt: skip
+        return pd.DataFrame(rows)
+
 
 TYPES = {cls.__name__: cls for cls in (Attribution, AttributedConcept, LogitLens, Settings)}
 
@@ -409,7 +432,7 @@ def _check(pair: ModelPair, layer: int, direction: str) -> None:
         raise InputError(
             f"unknown direction '{direction}': expected one of {', '.join(DIRECTIONS)}; choose one"
         )
-    if not 0 <= layer < pair.base.n_layers:
+    if not isinstance(layer, int | np.integer) or not 0 <= layer < pair.base.n_layers:
         raise InputError(
             f"layer got {layer}, expected a block index from 0 to {pair.base.n_layers - 1} of '{pair.base.name}'; choose among those"
         )

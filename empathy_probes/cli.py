@@ -314,10 +314,12 @@ def _run(args: argparse.Namespace) -> int:
 def _run_spec(spec: StudySpec, args: argparse.Namespace) -> int:
     from empathy_probes.design import Settings
     from empathy_probes.specs import default_out, describe_plan, resolve
+    from empathy_probes.stages import plan_questions
     from empathy_probes.study import run_study
 
     design = resolve(spec)
     if args.dry_run:
+        plan_questions(design, spec.stages)
         plan = describe_plan(design)
         print(json.dumps(plan, indent=1, ensure_ascii=False) if args.json else _plan_text(plan))
         return 0

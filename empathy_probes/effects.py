@@ -15,10 +15,18 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from empathy_probes import wording
+from empathy_probes.attribution import Attribution
 from empathy_probes.attribution_plots import attribution_figure, attribution_plotly
 from empathy_probes.coupling_plots import coupling_figure, coupling_plotly
+from empathy_probes.gains import Gain
 from empathy_probes.pages import Picture, Section, Tables, head_and_rows, make_picture, parts, slug
-from empathy_probes.patching_plots import patching_figure, patching_plotly
+from empathy_probes.patching_plots import (
+    estimate_figure,
+    patching_figure,
+    patching_plotly,
+    transplant_figure,
+    transplant_plotly,
+)
 from empathy_probes.steering_plots import gain_figure
 from empathy_probes.stitching_plots import stitching_figure, stitching_plotly
 
@@ -40,6 +48,9 @@ class Effect:
     live: Callable[..., Any] | None
     """The same with plotly; None for a picture only."""
     per_concept: bool = True
+    detail: Callable[[Any], pd.DataFrame] | None = None
+    """Of the result: what belongs to a concept and stands in no column of its table."""
+    detail_words: str = ""
 
 
 EFFECTS = {
@@ -66,10 +77,16 @@ EFFECTS = {
         "How far does a push move the answer?",
         "At the read position a dose of the concept's direction is added, in units of what stands there. The slope at small doses is the "
         "gain; a model that encodes a concept and does not use it has a small one. Bands are what random directions of the same "
-        "spread do; the price of a dose is the perplexity of neutral texts.",
+        "spread do (dashed) and what control concepts do (dotted); the price of a dose is the perplexity of neutral texts.",
         "readout against dose in both models with the band of random directions, and the perplexity that each dose costs",
         gain_figure,
         None,
+        detail=Gain.by_model,
+        detail_words="By block and model: the gain in nats per dose; where 95 % of random directions lie; the smallest and the largest "
+        "gain along a control concept's direction; p against shuffled labels; the dose that moves the answer by half of what the "
+        "base's own texts move it (ED50); and tolerated, the doses up to which none costs more than bound times the neutral "
+        "perplexity. Brackets of gain and ED50 are 95 % intervals over scenarios; a dash, or an end at inf, is "
+        "what no dose of the grid reaches; a dash is also what was not asked.",
     ),
     "patching": Effect(
         "Where is it carried to the answer?",
@@ -79,6 +96,23 @@ EFFECTS = {
         patching_figure,
         patching_plotly,
     ),
+    "attribution_patching": Effect(
+        "How good is the estimate from gradients?",
+        "A gradient says to first order what every patch would do, in two runs instead of one per place. The largest estimates and a "
+        "random sample of the others were patched exactly: points on the dotted line are estimated right.",
+        "estimated against exact patching at every place that was checked, by direction",
+        estimate_figure,
+        None,
+    ),
+    "transplant": Effect(
+        "Does the other model's state restore it?",
+        "After each layer one model's component of the concept takes the place of the other's own, and the rest of the run follows. "
+        "0 is as before, 1 as the donor answers. Beside it stand the full state, everything but the component, directions at random "
+        "and the component of another scenario.",
+        "share of the models' difference that a transplant after each layer brings along, both ways",
+        transplant_figure,
+        transplant_plotly,
+    ),
     "attribution": Effect(
         "Who writes it?",
         "The residual stream is a sum of what the embedding, every head and every MLP write. Along a concept's direction each term is "
@@ -87,6 +121,10 @@ EFFECTS = {
         "what attention and MLP of each block write along the concept's direction in both models, and the difference",
         attribution_figure,
         attribution_plotly,
+        detail=Attribution.lens_frame,
+        detail_words="Which words the direction speaks for: the tokens that the contrast, added to the last state, raises (up) and lowers "
+        "(down) most, in nats beside the mean over the vocabulary. Some token always comes first: null 95 is what the most extreme "
+        "token of a random direction of the same length reaches in 95 of 100, and p that of the first token here.",
     ),
 }
 """Table → how it is shown, in the order of the page."""
@@ -98,21 +136,34 @@ def effect_section(key: str, study: Tables) -> list[Section]:
     encoded = study.tables["attenuation"]
     counts = encoded.groupby("concept")["n_scenarios"].max()
     frame.attrs |= {
-        "n_scenarios": {str(name): int(n) for name, n in counts.items() if pd.notna(n)},
+        "n_scenarios": {
+            **frame.attrs.get("n_scenarios", {}),
+            **{str(name): int(n) for name, n in counts.items() if pd.notna(n)},
+        },
         "n_layers": study.manifest["base"]["n_layers"],
     }
     order = {"shared": 0, "raw": 1}
     templates = sorted(frame["template"].unique(), key=lambda name: order.get(name, 2))
     ledger = {str(row["concept"]): row for row in study.tables["ledger"].to_dict("records")}
-    targets = [name for name in dict.fromkeys(frame["concept"]) if ledger[name]["role"] == "target"]
-    shown: list[tuple[str, str, list[Picture], bool]] = []
+    targets = [
+        name
+        for name in dict.fromkeys(frame["concept"])
+        if ledger.get(name, {"role": "target"})["role"] == "target"
+    ]
+    result = study.result(key) if effect.detail else None
+    detail = effect.detail(result) if effect.detail and result is not None else None
+    shown: list[tuple[str, str, list[Picture], bool, Any]] = []
     for name in targets if effect.per_concept else [""]:
         pictures = [_picture(key, effect, frame, name, template) for template in templates]
         row = ledger.get(name)
-        shown.append((name, _sentence(row) if row else "", pictures, bool(row and row["verdict"] in QUIET)))
+        beside = None
+        if detail is not None:
+            beside = head_and_rows(detail[detail["concept"] == name].drop(columns="concept"))
+        quiet = bool(row and row["verdict"] in QUIET)
+        shown.append((name, _sentence(row) if row else "", pictures, quiet, beside))
     # What happened comes first.
     shown.sort(key=lambda entry: entry[3])
-    body = parts().effect(effect.words, shown, key, *head_and_rows(frame))
+    body = parts().effect(effect.words, shown, key, *head_and_rows(frame), effect.detail_words)
     return [Section(f"stage-{slug(key)}", effect.title, Markup(body))]
 
 

@@ -253,7 +253,42 @@ class Gain(Result):
         frame = pd.DataFrame(rows, columns=GAIN_COLUMNS)
         frame.attrs["n_scenarios"] = {c.concept: len(c.units) for c in self.concepts}
         frame.attrs["n_layers"] = self.n_layers
+        # For the figure; plain lists, because frames compare what they carry.
+        frame.attrs["control_gains"] = {
+            cost_key(c): {
+                model: dict(zip(self.layers, c.controls[m].tolist(), strict=True))
+                for m, model in enumerate(MODELS)
+            }
+            for c in self.concepts
+        }
         return frame
+
+    def by_model(self) -> pd.DataFrame:
+        """One row per concept, template, layer and model: the gain, what other directions do, ED50 and the doses within the bound.
+
+        Gains in nats per dose: `random` is their central 95 %, `controls` the smallest and largest along a control concept's
+        direction, blank without any.
+        """
+        rows: list[dict[str, Any]] = []
+        for c in self.concepts:
+            gain, null, ed50, kept = self.gain(c), self.null_band(c), self.ed50(c), self.tolerated(c)
+            p = self.null_p(c)["shuffled"]
+            for i, layer in enumerate(self.layers):
+                for m, model in enumerate(MODELS):
+                    others = c.controls[m, i]
+                    rows.append(
+                        {
+                            "concept": c.concept, "template": c.template, "layer": layer, "model": model, "n_scenarios": len(c.units),
+                            "gain": gain.value[m, i], "gain_lower": gain.lower[m, i], "gain_upper": gain.upper[m, i],
+                            "random_lower": null[0, m, i], "random_upper": null[1, m, i],
+                            "controls_lower": others.min() if len(others) else np.nan,
+                            "controls_upper": others.max() if len(others) else np.nan, "n_controls": len(others),
+                            "p_shuffled": p[m, i], "ed50": ed50.value[m, i], "ed50_lower": ed50.lower[m, i],
+                            "ed50_upper": ed50.upper[m, i], "bound": self.bound, "tolerated_lower": kept[0, m, i],
+                            "tolerated_upper": kept[1, m, i],
+                        }
+                    )  # fmt: skip
+        return pd.DataFrame(rows)
 
     def summary(self) -> pd.DataFrame:
         """Gain, its attenuation and what bounds it, one row per concept, template and layer."""

@@ -103,8 +103,9 @@ class EstimatedConcept:
 
     @property
     def worst_top(self) -> float:
-        """The largest miss among the largest estimates, as a share of the effect."""
-        return float(np.abs(self.misses[: self.n_top]).max())
+        """The largest miss among the largest estimates, as a share of the effect; NaN where no place has tokens."""
+        top = np.abs(self.misses[: self.n_top])
+        return float(top.max()) if len(top) else np.nan
 
     @property
     def worst_rest(self) -> float:
@@ -116,21 +117,30 @@ class EstimatedConcept:
     def exceeding(self) -> float:
         """At most this share of the places that were not checked misses by more than `worst_rest`, with 95 % confidence.
 
-        Of m places drawn at random without one beyond, the share q beyond is bounded by (1 − q)^m ≥ 0.05. 0 where all were checked.
+        Of m places drawn at random without one beyond, the share q beyond is bounded by (1 − q)^m ≥ 0.05. 0 where all were checked,
+        1 where nothing but the largest was.
         """
         sampled = len(self.checked) - self.n_top
-        known = int(np.isfinite(self.estimated).all(-1).sum())
-        return 0.0 if known == len(self.checked) else 1 - (1 - LEVEL) ** (1 / sampled)
+        if not self._unchecked:
+            return 0.0
+        return 1 - (1 - LEVEL) ** (1 / sampled) if sampled else 1.0
+
+    @property
+    def _unchecked(self) -> int:
+        """Places that were estimated and not patched."""
+        return int(np.isfinite(self.estimated).all(-1).sum()) - len(self.checked)
 
     @property
     def agreement(self) -> Estimate:
         """Spearman's rank correlation of estimated and exact over the checked places, percentile bootstrap over units.
 
         A rank is no smooth function of a mean, so that a jackknife would be wrong. Shares are rounded to a millionth
-        first: places where nothing can move would otherwise be ranked by rounding errors.
+        first: places where nothing can move would otherwise be ranked by rounding errors. NaN below two places that differ.
         """
         a, b = self.per_unit(self.estimated[self.checked]), self.per_unit(self.exact)
         n, scale = a.shape[-1], max(float(np.abs(self.effect.mean())), 1e-9)
+        if len(self.checked) < 2:
+            return Estimate(np.nan, np.nan, np.nan, n)
         chosen = np.random.default_rng(0).integers(0, n, (AGREEMENT_DRAWS, n))
         weights = np.concatenate(
             [np.full((1, n), 1 / n), np.stack([np.bincount(row, minlength=n) / n for row in chosen])]
@@ -147,19 +157,30 @@ class EstimatedConcept:
     @property
     def sentence(self) -> str:
         """What the check found."""
-        agreement = self.agreement
+        name = f"{self.concept}, {self.model}, {self.direction}"
+        if not len(self.checked):
+            return f"{name}: no text has a token at the places asked for, so nothing was estimated"
+        agreement, sampled = self.agreement, len(self.checked) - self.n_top
+        ranks = (
+            f"{agreement.value:.2f} [{agreement.lower:.2f}, {agreement.upper:.2f}]"
+            if np.isfinite(agreement.value)
+            else "not defined without two places that differ"
+        )
+        found = (
+            f"{name}: rank agreement with exact patching {ranks} over {len(self.checked)} place{'s' * (len(self.checked) > 1)}, "
+            f"n = {agreement.n} scenarios"
+        )
+        if np.isnan(self.worst_top):
+            return f"{found}; the effect is not detected, so a miss is no share of it"
         unit = "of the effect"
-        rest = (
-            f"largest miss in a sample of {len(self.checked) - self.n_top} others {self.worst_rest:.2f} {unit} (95 %: at most "
-            f"{self.exceeding:.0%} of the unchecked miss by more)"
-            if len(self.checked) > self.n_top
-            else "nothing else was left to check"
-        )
-        return (
-            f"{self.concept}, {self.model}, {self.direction}: rank agreement with exact patching {agreement.value:.2f} "
-            f"[{agreement.lower:.2f}, {agreement.upper:.2f}] over {len(self.checked)} places, n = {agreement.n} scenarios; largest miss "
-            f"among the top {self.n_top} {self.worst_top:.2f} {unit}, {rest}"
-        )
+        if sampled:
+            rest = (
+                f"largest miss in a sample of {sampled} others {self.worst_rest:.2f} {unit} (95 %: at most {self.exceeding:.0%} of the "
+                "unchecked miss by more)"
+            )
+        else:
+            rest = f"none of the other {self._unchecked} was checked" if self._unchecked else "nothing else was left to check"  # fmt: skip
+        return f"{found}; largest miss among the top {self.n_top} {self.worst_top:.2f} {unit}, {rest}"
 
 
 @dataclass(frozen=True)
@@ -340,3 +361,6 @@ def _toward(goal: Tensor, share: float, then: Edit | None) -> Edit:
         return moved if then is None else then(moved)
 
     return edit
+
+
+TYPES = {cls.__name__: cls for cls in (EstimatedPatching, EstimatedConcept, Place)}

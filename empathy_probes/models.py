@@ -412,8 +412,8 @@ class Model:
         silent = [site for site in write if site not in edited]
         if silent:
             raise EmpathyProbesError(
-                f"the edit at {silent[0]} never fired in '{self.name}': expected a run inside the block that reaches the chosen "
-                "positions; run or generate inside it"
+                f"the edit at {silent[0]} never fired in '{self.name}': got no run of this model that reaches the chosen positions of "
+                "that layer, expected one inside the `with`; run or generate with this model inside it"
             )
 
     @contextlib.contextmanager
@@ -602,9 +602,14 @@ class Model:
             else:
                 hooks.append((site.hook_name, _edit(site, write[site], fired, self.d_head)))
         hooks += [(site.hook_name, _read(site, acts, pool, self.d_head)) for site in read]
-        with self.bridge.hooks(fwd_hooks=hooks):
+        ran: set[int] = set()
+        with self.bridge.hooks(fwd_hooks=hooks), contextlib.ExitStack() as stack:
+            for block in {max(site.layer, 0) for site in write}:
+                handle = self.bridge.blocks[block].register_forward_pre_hook(lambda *_, b=block: ran.add(b))
+                stack.callback(handle.remove)
             yield
-        silent = [site for site in write if site not in fired]
+        # Where nothing ran, the architecture is not to blame: `editing` says so.
+        silent = [site for site in write if site not in fired and max(site.layer, 0) in ran]
         if silent:
             raise EmpathyProbesError(
                 f"the edit at {silent[0]} never fired in '{self.name}' ({self.architecture}): this architecture has no "

@@ -36,6 +36,9 @@ class Tables(Protocol):
     def tables(self) -> Mapping[str, pd.DataFrame]:
         """The contract's tables by file stem."""
 
+    def result(self, key: str) -> Any:
+        """What a table was made from, or None."""
+
 
 @dataclass(frozen=True)
 class Picture:

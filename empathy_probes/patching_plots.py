@@ -103,17 +103,19 @@ def transplant_plotly(
     )
 
 
-def estimate_figure(frame: pd.DataFrame, concept: str | None = None) -> Figure:
+def estimate_figure(
+    frame: pd.DataFrame, concept: str | None = None, *, template: str | None = None
+) -> Figure:
     """Estimated against exact patching wherever it was checked, one panel per direction.
 
     Args:
         frame: as `EstimatedPatching.to_frame` gives it.
-        concept: the first by default.
+        concept, template: the first by default.
 
     Raises:
         InputError: no row fits.
     """
-    rows = _rows(frame, concept=concept)
+    rows = _rows(frame, concept=concept, template=template)
     checked = rows[rows["checked"].isin(("top", "sample"))]
     ways = list(dict.fromkeys(rows["direction"]))
     with settings():

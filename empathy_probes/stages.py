@@ -22,12 +22,16 @@ from empathy_probes.errors import InputError
 from empathy_probes.expression import CoupledConcept, Coupling, couple
 from empathy_probes.gains import TYPES as GAIN_TYPES
 from empathy_probes.gains import Gain
+from empathy_probes.gradients import TYPES as ESTIMATE_TYPES
+from empathy_probes.gradients import EstimatedPatching
 from empathy_probes.patching import TYPES as PATCHING_TYPES
 from empathy_probes.patching import Patching, patch_design
-from empathy_probes.readouts import has_readout, with_readout
+from empathy_probes.readouts import ask_design, has_readout, with_readout
 from empathy_probes.steering import dose_response_design, spread_layers
 from empathy_probes.stitching import StitchedConcept, Stitching, check_replay, stitch_design
 from empathy_probes.store import Store, digest_of
+from empathy_probes.transplants import TYPES as TRANSPLANT_TYPES
+from empathy_probes.transplants import Transplants
 
 STAGES = ("encode", "use", "express")
 PATCHED_LAYERS = 8
@@ -108,9 +112,13 @@ TYPES = {
     **ATTRIBUTION_TYPES,
     **GAIN_TYPES,
     **PATCHING_TYPES,
+    **ESTIMATE_TYPES,
+    **TRANSPLANT_TYPES,
     **{cls.__name__: cls for cls in (Coupling, CoupledConcept, Stitching, StitchedConcept)},
 }
 """Every dataclass that a saved study may hold, by name."""
+RESULTS = (Finding, Coupling, Stitching, Gain, Patching, Attribution, Transplants, EstimatedPatching)
+"""The kinds of results that a study takes: those of its questions, and those that only a notebook asks."""
 
 
 def check_stages(stages: Sequence[str]) -> tuple[str, ...]:
@@ -131,7 +139,7 @@ def plan_questions(design: Design, stages: Sequence[str]) -> tuple[tuple[Questio
     """The questions that will be asked, and why others will not be.
 
     Raises:
-        InputError: a stage is asked of a model that cannot answer it.
+        InputError: a stage is asked of a model that cannot answer it, or a readout cannot be asked.
     """
     wanted, notes = check_stages(stages), []
     later = [stage for stage in wanted if stage != "encode"]
@@ -147,6 +155,10 @@ def plan_questions(design: Design, stages: Sequence[str]) -> tuple[tuple[Questio
             notes.append(f"Without a readout, and so in no stage but encode: {', '.join(silent)}.")
         if "use" in later:
             check_replay(design.pair)
+        for concept in asked:
+            for template in design.templates:
+                for side in (0, 1):
+                    ask_design(design, concept, template, side)
     questions = []
     for question in QUESTIONS:
         if question.stage not in wanted:

@@ -89,7 +89,7 @@ def dose_response(
         doses: in units of each model's rms; 0 and the small ones in pairs must be among them.
         small: largest dose that counts for the slope.
         directions: own, each model along its own direction; base, both along the base's.
-        bound: ratio of neutral perplexity that a tolerated dose may cost.
+        bound: ratio of neutral perplexity that a tolerated dose may cost, at least 1.
         seed: of folds and null directions.
         neutral: texts for rms, covariance and perplexity; the shipped ones by default.
         store: activation store; the default one if None.
@@ -133,6 +133,10 @@ def dose_response_design(
     Arguments as in `dose_response`; `neutral` are the texts the design was made with.
     """
     grid = _check_doses(doses, small)
+    if not 1 <= bound < np.inf:
+        raise InputError(
+            f"bound got {bound}, expected a ratio of perplexities of at least 1, what no dose costs; choose one such as {BOUND}"
+        )
     if directions not in ("own", "base"):
         raise InputError(f"directions got '{directions}', expected own or base; choose one")
     pair = design.pair
@@ -166,6 +170,8 @@ def dose_response_design(
 
 def _check_doses(doses: Sequence[float], small: float) -> tuple[float, ...]:
     grid = tuple(sorted({float(dose) for dose in doses}))
+    if not np.isfinite(grid).all():
+        raise InputError(f"doses got {list(grid)}, expected finite numbers; leave the others out")
     near = [dose for dose in grid if 0 < abs(dose) <= small + 1e-12]
     if 0.0 not in grid or not near or sorted(-dose for dose in near) != near:
         raise InputError(

@@ -168,6 +168,13 @@ def _draw_response(axes: Axes, rows: pd.DataFrame, model: str) -> None:
             dose, _numbers(rows, f"null_{end}"), color=colour, linestyle="--", linewidth=1.2,
             label=f"random directions, {model} (95 %)" if end == "upper" else "_",
         )  # fmt: skip
+    known = rows[rows["null_upper"].notna()]
+    small, zero = _numbers(known, "dose"), _numbers(rows[rows["dose"] == 0], "readout")
+    for k, slope in enumerate(_control_range(rows, model)):
+        axes.plot(
+            small, zero + small * slope, color=colour, linestyle=":", linewidth=1.2,
+            label=f"control concepts, {model} (range)" if k else "_",
+        )  # fmt: skip
 
 
 def _draw_cost(axes: Axes, rows: pd.DataFrame, model: str) -> None:
@@ -196,6 +203,8 @@ def _draw_slopes(axes: Axes, rows: pd.DataFrame, shown: int) -> None:
         )
         for edge in _null_slopes(rows, model):
             axes.plot(x, edge, color=COLOURS[model], linestyle="--", linewidth=1.2, label="_")
+        for edge in _control_range(rows, model):
+            axes.plot(x, edge, color=COLOURS[model], linestyle=":", linewidth=1.2, label="_")
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.axvline(shown, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_xticks(sorted(rows["layer"].unique()))
@@ -215,6 +224,14 @@ def _null_slopes(rows: pd.DataFrame, model: str) -> list[Float[np.ndarray, " lay
     ]
 
 
+def _control_range(rows: pd.DataFrame, model: str) -> list[Float[np.ndarray, " layer"]]:
+    """Smallest and largest gain along a control concept's direction; none where the frame does not carry them."""
+    name = f"{rows['concept'].iloc[0]}/{rows['template'].iloc[0]}"
+    known = rows.attrs.get("control_gains", {}).get(name, {}).get(model, {})
+    gains = [known.get(int(layer)) for layer in sorted(rows["layer"].unique())]
+    return [np.array([end(each) for each in gains]) for end in (min, max)] if all(gains) else []
+
+
 def _sheet(rows: pd.DataFrame, n: int | None) -> Sheet:
     lines, wrong = [], []
     for model in _models(rows):
@@ -225,6 +242,9 @@ def _sheet(rows: pd.DataFrame, n: int | None) -> Sheet:
         # One entry of the legend for both edges.
         lines.append(Line(f"random ({model}, 95 %)", high, None, None, COLOURS[model], "dash"))
         lines.append(Line("", low, None, None, COLOURS[model], "dash"))
+        for k, edge in enumerate(reversed(_control_range(rows, model))):
+            name = "" if k else f"control concepts ({model})"
+            lines.append(Line(name, edge, None, None, COLOURS[model], "dot"))
         wrong.append(Line(model, _numbers(slopes, "wrong_way"), None, None, COLOURS[model]))
     ends: Float[np.ndarray, " end"] = np.concatenate(
         [edge for line in lines for edge in (line.y, line.lower, line.upper) if edge is not None]

@@ -29,7 +29,7 @@ from empathy_probes.attenuation import Finding, study_options
 from empathy_probes.design import Design, Settings, describe_design
 from empathy_probes.errors import InputError, ProvenanceError, StoreError
 from empathy_probes.ledger import headline_dicts, headlines, ledger_frame
-from empathy_probes.stages import TYPES, answer_questions, finding_of, plan_questions
+from empathy_probes.stages import RESULTS, TYPES, answer_questions, finding_of, plan_questions
 from empathy_probes.store import (
     SCHEMA_VERSION,
     check_schema,
@@ -67,7 +67,7 @@ class Study:
 
     name: str
     results: Sequence[Any]
-    """One of each kind; attenuation among them."""
+    """One of each kind; attenuation among them, and all of the same models and texts."""
     planted: Mapping[str, Any] | None = None
     """`truth.json` of a phantom, shown beside what was found."""
     notes: Sequence[str] = ()
@@ -76,21 +76,20 @@ class Study:
     """The manifest of the folder this study was loaded from: versions then, not now."""
 
     def __post_init__(self) -> None:
+        for result in self.results:
+            if not isinstance(result, RESULTS):
+                raise InputError(
+                    f"a study got a {type(result).__name__}, expected results of the kinds {', '.join(cls.__name__ for cls in RESULTS)}; "
+                    "save it by itself"
+                )
         keys = [result.key for result in self.results]
         if not keys or len(set(keys)) != len(keys):
             raise InputError(
                 f"a study got the results [{', '.join(keys)}], expected at least one, and one of each kind; drop the others"
             )
-        # What was asked of one model alone names only that one.
-        weights: dict[str, set[str]] = {"base": set(), "aligned": set()}
-        for result in self.results:
-            for side, found in weights.items():
-                if side in result.provenance:
-                    found.add(result.provenance[side]["weights"])
-        if any(len(found) > 1 for found in weights.values()):
-            raise ProvenanceError(
-                "a study got results of different pairs of models, expected one pair; make one study per pair"
-            )
+        finding_of(self.results)
+        _check_models(self.results)
+        _check_texts(self.results)
 
     @property
     def finding(self) -> Finding:
@@ -112,7 +111,7 @@ class Study:
                 self.finding, *(self.result(key) for key in ("coupling", "stitching", "gain"))
             ),
         }
-        return {stem: _read_table(_table_bytes(frame)) for stem, frame in frames.items()}
+        return {stem: _as_saved(frame) for stem, frame in frames.items()}
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
@@ -179,6 +178,36 @@ def run_study(
         title = name or f"{_short(design.pair.aligned.name)} against {_short(design.pair.base.name)}"
         Study(title, results, planted, notes).save(out)
     return load_study(out)
+
+
+def _check_models(results: Sequence[Any]) -> None:
+    # What was asked of one model alone names only that one, and not always as which of the two.
+    pair = finding_of(results).provenance
+    known = {side: pair[side]["weights"] for side in ("base", "aligned") if side in pair}
+    for result in results:
+        asked = {side: result.provenance[side]["weights"] for side in known if side in result.provenance}
+        alone = result.provenance.get("model")
+        if any(known[side] != found for side, found in asked.items()) or (
+            alone and alone["weights"] not in known.values()
+        ):
+            raise ProvenanceError(
+                "a study got results of different pairs of models, expected one pair; make one study per pair"
+            )
+
+
+def _check_texts(results: Sequence[Any]) -> None:
+    seen: dict[str, tuple[str, str]] = {}
+    for result in results:
+        for name, concept in result.provenance.get("concepts", {}).items():
+            # Controls are joined with nothing of another result, and steering leaves out what they ask.
+            if concept.get("role") == "control":
+                continue
+            first, digest = seen.setdefault(name, (result.key, concept["digest"]))
+            if digest != concept["digest"]:
+                raise ProvenanceError(
+                    f"concept '{name}' has other texts in {result.key} (digest {concept['digest'][:12]}) than in {first} "
+                    f"({digest[:12]}), expected the same stimuli in all results of a study; measure both on the same concept"
+                )
 
 
 def _short(name: str) -> str:
@@ -323,6 +352,13 @@ def load_study(folder: str | Path) -> Study:
 
 def _table_bytes(frame: pd.DataFrame) -> bytes:
     return frame.to_csv(index=False, float_format="%.10g").encode()
+
+
+def _as_saved(frame: pd.DataFrame) -> pd.DataFrame:
+    """With the numbers as a file holds them, and what the figures know beside them."""
+    saved = _read_table(_table_bytes(frame))
+    saved.attrs = frame.attrs
+    return saved
 
 
 def _read_table(data: bytes) -> pd.DataFrame:

@@ -45,11 +45,15 @@ class Continuation:
 
 
 def check_continuable(model: Model) -> None:
-    """Refuse a model that cannot be continued from a state.
+    """Refuse a model that cannot be continued from a state, and what is no model.
 
     Raises:
         InputError: the message says why.
     """
+    if not isinstance(model, Model):
+        raise InputError(
+            f"model got a {type(model).__name__}, expected one model; pass pair.base or pair.aligned"
+        )
     if model.replay_refusal:
         raise InputError(
             f"'{model.name}' ({model.architecture}) cannot be continued from a state: {model.replay_refusal}, expected it to "
@@ -175,11 +179,16 @@ def make_cells(
     """Every site, with the same place in the next window − 1 blocks, at every position.
 
     Raises:
-        InputError: no sites, one beyond the model, or a window that is not between 1 and the number of blocks.
+        InputError: no sites, one beyond the model, a window that is not between 1 and the number of blocks, or one that fits
+            behind none of the sites.
     """
     if not sites:
         raise InputError("sites got an empty list, expected at least one; name one or leave the option out")
-    if not 1 <= window <= model.n_layers:
+    if not all(isinstance(site, Site) for site in sites):
+        raise InputError(
+            f"sites got {sites!r}, expected places such as Site(3); pass a list of these, or sites_of(model, 'resid_post')"
+        )
+    if not isinstance(window, int | np.integer) or not 1 <= window <= model.n_layers:
         raise InputError(
             f"window got {window}, expected 1 to {model.n_layers}, the blocks of '{model.name}'; choose a number of blocks"
         )
@@ -194,6 +203,12 @@ def make_cells(
         for site in unique
         if site.layer + window <= model.n_layers
     ]
+    if not spans:
+        first = min(site.layer for site in unique)
+        raise InputError(
+            f"a window of {window} blocks from block {first} on ends beyond '{model.name}', expected one within its {model.n_layers} "
+            "blocks; choose a smaller window or an earlier site"
+        )
     return tuple(Cell(span, position) for span in spans for position in positions)
 
 

@@ -24,6 +24,8 @@ COUNTS = {
     "scenarios_needed",
     "n_concepts",
     "n_used",
+    "n_controls",
+    "n_neutral",
 }
 """Columns of whole numbers."""
 

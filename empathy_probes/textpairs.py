@@ -94,10 +94,14 @@ def prepare_pairs(
         template: raw or chat.
 
     Raises:
-        InputError: an unknown template, no readout, or a prompt that the model cannot take.
+        InputError: an unknown template, no readout, what is none, or a prompt that the model cannot take.
     """
     if template not in ("raw", "chat"):
         raise InputError(f"unknown template '{template}': expected raw or chat; choose one")
+    if not isinstance(readout, ReadoutSpec | None):
+        raise InputError(
+            f"readout got {readout!r}, expected a ReadoutSpec; pass one such as ReadoutSpec('answers', (' great',), (' awful',))"
+        )
     stimuli = concept.stimuli if readout is None else with_readout(concept.stimuli, readout)
     if not has_readout(stimuli):
         raise InputError(
@@ -129,7 +133,7 @@ def as_concepts(
     """Concepts as they are; pairs of a clean and a corrupted text as one concept named `pairs`.
 
     Raises:
-        InputError: fewer than two pairs, which have no interval.
+        InputError: fewer than two pairs, which have no interval, or a pair that is not two texts.
     """
     if isinstance(given, Concept):
         return (given,)
@@ -142,6 +146,9 @@ def as_concepts(
             f"{len(pairs)} pairs of texts and {len(concepts)} concepts were given, expected concepts or at least 2 pairs (clean, "
             "corrupted); give more"
         )
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise InputError(f"pairs got {pair!r}, expected two texts (clean, corrupted); give two")
     rows = [
         {"id": f"{i}-{label}", "scenario": f"pair-{i}", "text": text, "label": label}
         for i, pair in enumerate(pairs)

@@ -491,3 +491,6 @@ def _edits(
     kinds: list[tuple[int, Edit]] = [(0, concept), (1, full), (2, complement)]
     kinds += [(3, shuffled)] if shuffle else []
     return [*kinds, *((4 + k, randomly(vector)) for k, vector in enumerate(random))]
+
+
+TYPES = {cls.__name__: cls for cls in (Transplants, TransplantedConcept, Settings)}

@@ -8,13 +8,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two processes on two cores would otherwis
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from jaxtyping import config
 
 from empathy_probes.models import Model, load_model
 from empathy_probes.stimuli import StimulusSet, stimuli_from_rows
@@ -162,6 +163,14 @@ def model(request: pytest.FixtureRequest) -> Model:
 def llama() -> Model:
     """The tiny Llama alone."""
     return load_model((tiny_llama(), word_tokenizer()), device="cpu")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Annotations are not checked, as for a user: what is no such type reaches the function."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 def rows(n: int = 40, seed: int = 0, concept: str = "demo") -> list[dict[str, Any]]:

@@ -448,6 +448,12 @@ def test_post_norm_blocks_are_refused_with_the_reason(family: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_layer_that_is_no_whole_number_is_refused(pair: ModelPair) -> None:
+    with pytest.raises(InputError, match=r"layer got 2\.0, expected a block index"):
+        ask(pair, concept_of(stimuli()), "no", layer=2.0)
+
+
 def test_what_cannot_be_attributed_is_one_sentence(pair: ModelPair) -> None:
     with pytest.raises(InputError, match="unknown direction 'mine': expected one of own, base"):
         ask(pair, concept_of(stimuli()), "no", direction="mine")

@@ -497,8 +497,12 @@ def test_what_the_model_itself_computes_can_be_had_under_edits_that_stay(model: 
 
 def test_an_edit_that_stayed_but_never_fired_is_an_error(llama: Model) -> None:
     edits = {Site(1): add_vector(torch.ones(llama.d_model), 1.0)}
-    with pytest.raises(EmpathyProbesError, match="never fired"), llama.editing(edits):
-        pass
+    nothing_ran = "got no run of this model that reaches the chosen positions of that layer"
+    other = load_model((tiny_llama(1), word_tokenizer()), device="cpu")
+    with pytest.raises(EmpathyProbesError, match=nothing_ran), llama.editing(edits):
+        other.run(TEXTS)
+    with pytest.raises(EmpathyProbesError, match=nothing_ran), llama.editing(edits):
+        llama.run(TEXTS, read=[Site(0)], last_layer=0)
     with (
         pytest.raises(EmpathyProbesError, match="reaches the chosen"),
         llama.editing(edits, where=lambda positions: positions > 40),

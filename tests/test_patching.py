@@ -18,7 +18,7 @@ from empathy_probes.design import Settings, design_study
 from empathy_probes.errors import EmpathyProbesError, InputError
 from empathy_probes.gradients import EstimatedConcept, EstimatedPatching, attribution_patch, estimated_changes
 from empathy_probes.models import Model
-from empathy_probes.pairs import load_pair
+from empathy_probes.pairs import ModelPair, load_pair
 from empathy_probes.patching import PATCHING_COLUMNS, PatchedConcept, Patching, patch, patch_design
 from empathy_probes.patching_plots import patching_plotly
 from empathy_probes.prompts import outside_messages, render
@@ -384,6 +384,7 @@ def test_both_models_of_a_design_are_patched_and_a_pair_with_itself_gives_equal_
         ({"template": "own"}, "unknown template 'own'"),
         ({"sites": [Site(9)]}, "is not in"),
         ({"sites": []}, "sites got an empty list"),
+        ({"sites": [Site(3)], "window": 2}, "a window of 2 blocks from block 3 on ends beyond"),
         ({"readout": None}, "has no readout"),
     ],
 )
@@ -393,6 +394,27 @@ def test_what_cannot_be_patched_is_refused(llama: Model, wrong: dict[str, Any], 
         patch(llama, concept, **({"readout": ANSWERS} | wrong))
     with pytest.raises(InputError, match="1 pairs of texts"):
         patch(llama, [("the man", "the dog")], readout=ANSWERS)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"sites": "resid_post"}, "sites got 'resid_post', expected places such as Site"),
+        ({"sites": [3]}, "sites got \\[3\\], expected places such as Site"),
+        ({"window": 1.5}, "window got 1.5, expected 1 to 4"),
+        ({"readout": "x"}, "readout got 'x', expected a ReadoutSpec"),
+        ({"concepts": [("the man", "a man", "a cat")] * 2}, "expected two texts"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_by_name(llama: Model, wrong: dict[str, Any], what: str) -> None:
+    options = {"concepts": concept_of(), "readout": ANSWERS} | wrong
+    with pytest.raises(InputError, match=what):
+        patch(llama, **options)
+    two: Any = ModelPair(llama, llama)
+    for verb in (patch, attribution_patch):
+        with pytest.raises(InputError, match=r"model got a ModelPair, expected one model; pass pair\.base"):
+            verb(two, concept_of())
 
 
 def test_a_model_that_cannot_be_continued_is_refused(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,6 +502,22 @@ def test_every_estimate_comes_with_its_check(llama: Model, tmp_path: Path) -> No
     assert "nothing else was left to check" in everything.concepts[0].sentence
     with pytest.raises(InputError, match="steps, top and sample"):
         attribution_patch(llama, concept_of(4), top=0)
+
+
+def test_what_an_estimate_s_check_says_is_true_whatever_was_checked(llama: Model) -> None:
+    few: dict[str, Any] = {"direction": "denoise", "top": 1, "sample": 0}
+    (none,) = attribution_patch(llama, concept_of(6), positions=["last"], **few).concepts
+    assert none.exceeding == 1 and math.isnan(none.worst_rest)
+    detected = replace(
+        none, clean=none.clean + 100
+    )  # whether this model's effect is detected is not the question
+    assert detected.sentence.endswith("none of the other 4 was checked")
+    assert "rank agreement with exact patching not defined without two places" in none.sentence
+    assert "the effect is not detected" in replace(none, clean=none.corrupted).sentence
+    pairs = [("the man saw red", "the man saw blue"), ("a dog was old", "a dog was new")]
+    (empty,) = attribution_patch(llama, pairs, readout=ANSWERS, positions=["after"], **few).concepts
+    assert math.isnan(empty.worst_top) and math.isnan(empty.agreement.value)
+    assert empty.sentence.endswith("no text has a token at the places asked for, so nothing was estimated")
 
 
 def test_figures_are_drawn_from_tables(llama: Model) -> None:

@@ -37,6 +37,9 @@ class Study:
     manifest: dict[str, Any]
     tables: dict[str, pd.DataFrame]
 
+    def result(self, key: str) -> None:
+        """There are tables only."""
+
 
 TARGETS = {
     "valence": ("sentiment_attenuation", "attenuated"),

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from conftest import rows, tiny_llama, word_tokenizer
 
-from empathy_probes import cli
+from empathy_probes import (
+    attribute,
+    attribution_patch,
+    cli,
+    dose_response,
+    measure_attenuation,
+    measure_coupling,
+    patch,
+    stitch,
+    transplant,
+)
 from empathy_probes.concepts import Concept
 from empathy_probes.design import Design, Settings, design_study
-from empathy_probes.errors import InputError
+from empathy_probes.errors import InputError, ProvenanceError
 from empathy_probes.grammar import neutral_texts
 from empathy_probes.models import load_model
-from empathy_probes.pairs import make_pair
+from empathy_probes.pairs import ModelPair, make_pair
 from empathy_probes.phantoms import load_phantom, load_phantom_concepts
 from empathy_probes.report import render_report
-from empathy_probes.stages import QUESTIONS, STAGES, check_stages, plan_questions
-from empathy_probes.stimuli import stimuli_from_rows
+from empathy_probes.sites import Site
+from empathy_probes.stages import QUESTIONS, RESULTS, STAGES, check_stages, plan_questions
+from empathy_probes.stimuli import ReadoutSpec, stimuli_from_rows
 from empathy_probes.study import Study, load_study, run_study
 
 ANSWERS = {"answers": [[" red", " green"], [" blue"]]}
@@ -120,7 +133,93 @@ def test_results_of_other_models_make_no_study(phantom_study: tuple[Study, Path]
     with pytest.raises(Exception, match="different pairs of models"):
         Study("mixed", (study.finding, foreign))
     with pytest.raises(InputError, match="expected attenuation among them"):
-        _ = Study("alone", (coupling,)).finding
+        Study("alone", (coupling,))
+
+
+@pytest.fixture(scope="module")
+def notebook() -> tuple[ModelPair, list[Any]]:
+    """What a notebook measures, one verb after another."""
+    design = tiny_design(readout=True)
+    pair, concept = design.pair, design.concepts[0]
+    store: Any = {"template": "raw", "store": "memory://notebook"}
+    few: Any = {"sites": [Site(1), Site(3)], "positions": ["last", "span"], "direction": "denoise"}
+    return pair, [
+        measure_attenuation(pair, concept, **store),
+        measure_coupling(pair, concept, **store),
+        patch(pair.aligned, concept, **few),
+        attribution_patch(pair.aligned, concept, top=2, sample=1, **few),
+        transplant(pair, concept, template="raw"),
+        stitch(pair, concept, **store),
+        dose_response(pair, concept, layers=(1,), doses=(-0.1, 0.0, 0.1), **store),
+        attribute(pair, concept, total_effects=False, **store),
+    ]
+
+
+def test_a_study_of_every_result_that_a_notebook_measures_is_saved_loaded_and_reported(
+    notebook: tuple[ModelPair, list[Any]], tmp_path: Path
+) -> None:
+    _, results = notebook
+    assert {type(result) for result in results} == set(RESULTS)
+    study = Study("by hand", results)
+    study.save(tmp_path / "study")
+    again = load_study(tmp_path / "study")
+    assert [r.key for r in again.results] == [r.key for r in results]
+    assert render_report(again) == render_report(study)
+    assert cli.main(["report", str(tmp_path / "study")]) == 0
+    page = (tmp_path / "study" / "report.html").read_text(encoding="utf8")
+    for figure in ("transplant", "attribution-patching", "patching"):
+        assert 'src="data:image' in page.split(f'id="stage-{figure}"')[1].split("</section>")[0]
+
+
+def test_the_report_shows_what_no_column_holds(notebook: tuple[ModelPair, list[Any]]) -> None:
+    _, results = notebook
+    study = Study("by hand", results)
+    page = render_report(study)
+
+    def section(key: str) -> str:
+        return unescape(page.split(f'id="stage-{key}"')[1].split("</section>")[0])
+
+    for heading in ("ed50", "tolerated", "controls", "random", "p shuffled"):
+        assert f'<button type="button">{heading}</button>' in section("gain")
+    lens = study.result("attribution").concepts[0].lens[1]
+    assert f"{lens.up[0]!r} {lens.up_logits[0]:+.2f}" in section("attribution")
+    assert f"{lens.down[0]!r} {lens.down_logits[0]:+.2f}" in section("attribution")
+    assert study.tables["gain"].attrs["control_gains"] == results[-2].to_frame().attrs["control_gains"]
+
+
+def test_a_study_takes_pairs_of_texts_beside_its_concepts(
+    notebook: tuple[ModelPair, list[Any]], tmp_path: Path
+) -> None:
+    pair, results = notebook
+    effect = patch(
+        pair.aligned, [("the red dog .", "the blue dog ."), ("a red boat", "a blue boat")],
+        readout=ReadoutSpec("answers", (" red",), (" blue",)), sites=[Site(1)],
+    )  # fmt: skip
+    study = Study("by hand", [results[0], effect])
+    study.save(tmp_path / "study")
+    assert "pairs" in render_report(load_study(tmp_path / "study"))
+
+
+def test_a_study_refuses_what_it_could_not_hold(notebook: tuple[ModelPair, list[Any]]) -> None:
+    _, results = notebook
+    for other in (results[0].measurements[0], 3):
+        with pytest.raises(
+            InputError, match=r"a study got a (Measurement|int), expected results of the kinds Finding"
+        ):
+            Study("no", [results[0], other])
+    elsewhere = load_model((tiny_llama(5), word_tokenizer()), device="cpu")
+    effect = patch(elsewhere, tiny_design(readout=True).concepts[0], sites=[Site(1)])
+    with pytest.raises(ProvenanceError, match="different pairs of models"):
+        Study("no", [results[0], effect])
+
+
+def test_results_of_other_texts_make_no_study(notebook: tuple[ModelPair, list[Any]]) -> None:
+    pair, results = notebook
+    other = [{**row, "readout": ANSWERS} for row in rows(40, 7)]
+    concept = Concept("demo", "target", "", "", "user", "", stimuli_from_rows(other, "demo"))
+    coupling = measure_coupling(pair, concept, template="raw", store="memory://notebook")
+    with pytest.raises(ProvenanceError, match=r"'demo' has other texts in coupling .* than in attenuation"):
+        Study("mixed", [results[0], coupling])
 
 
 # ---------------------------------------------------------------- the command line
@@ -178,6 +277,17 @@ def test_a_readout_file_asks_for_all_or_for_each_by_name(
     assert compare(folders, tmp_path / "x", "--readout", str(tmp_path / "none.json")) == 2
     assert compare(folders, tmp_path / "x", "--stages", "speak") == 2
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_a_readout_that_cannot_be_asked_is_refused_before_anything_runs(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: tuple[str, ...]
+) -> None:
+    (tmp_path / "two.json").write_text(json.dumps({"answers": [[" red dog"], [" blue"]]}))
+    options = ("--bare", "--stages", "use", "--readout", str(tmp_path / "two.json"), *dry)
+    assert compare(folders, tmp_path / "out", *options, "--store", str(tmp_path / "store")) == 2
+    assert "readout answer ' red dog' is 2 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()
 
 
 def test_a_study_file_names_stages_and_readout(folders: Path, tmp_path: Path) -> None:

@@ -298,6 +298,18 @@ def test_the_table_is_that_of_the_contract_and_every_blank_says_why(gain: Gain) 
     assert (frame["neutral_perplexity"] > 1).all()
 
 
+def test_every_model_s_gain_stands_beside_what_other_directions_do(gain: Gain) -> None:
+    frame, (c,) = gain.by_model(), gain.concepts
+    assert len(frame) == 2 * 2 and (frame["n_controls"] == 2).all()
+    row = frame[(frame["layer"] == 4) & (frame["model"] == "aligned")].iloc[0]
+    assert (row["controls_lower"], row["controls_upper"]) == (c.controls[1, 1].min(), c.controls[1, 1].max())
+    assert row["ed50"] == gain.ed50(c).value[1, 1] or np.isnan(gain.ed50(c).value[1, 1])
+    assert row["tolerated_upper"] == gain.tolerated(c)[1, 1, 1] and row["bound"] == 1.1
+    alone = dataclasses.replace(gain, concepts=(dataclasses.replace(c, controls=c.controls[..., :0]),))
+    assert alone.by_model()["controls_lower"].isna().all()
+    assert "control concepts" not in str(gain_figure(alone.to_frame()).axes[0].get_legend().get_texts())
+
+
 def test_saving_and_loading_keeps_every_number(tmp_path: Path, gain: Gain) -> None:
     gain.save(tmp_path / "gain.safetensors")
     again = load_record(
@@ -313,6 +325,8 @@ def test_figures_show_both_models_the_null_and_n(gain: Gain) -> None:
     assert "n = 30 scenarios" in figure.get_suptitle() and "own direction" in figure.get_suptitle()
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert {"base", "aligned"} <= set(names) and any("random directions" in name for name in names)
+    assert any("control concepts, base" in name for name in names)
+    assert any(trace.name == "control concepts (base)" for trace in slope_plotly(frame).data)
     assert len(figure.axes) == 3 and len(gain_figure(frame[frame["layer"] == 1]).axes) == 2
     slope = slope_figure(frame)
     assert [a.get_title(loc="left") for a in slope.axes][:2] == [
@@ -337,6 +351,10 @@ def test_figures_show_both_models_the_null_and_n(gain: Gain) -> None:
         ({"doses": (-0.1, 0.1)}, "expected 0 and small doses in pairs"),
         ({"doses": (0.0, 0.1, 0.2)}, "expected 0 and small doses in pairs"),
         ({"doses": (-1.0, 0.0, 1.0)}, "expected 0 and small doses in pairs"),
+        ({"doses": (-0.1, 0.0, 0.1, float("nan"))}, "expected finite numbers"),
+        ({"doses": (-0.1, 0.0, 0.1, float("inf"))}, "expected finite numbers"),
+        ({"bound": 0.9}, "bound got 0.9, expected a ratio of perplexities of at least 1"),
+        ({"bound": float("nan")}, "bound got nan"),
         ({"directions": "aligned"}, "expected own or base"),
         ({"layers": (9,)}, "expected block indices"),
     ],
