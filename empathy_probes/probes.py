@@ -113,13 +113,13 @@ def _few_columns(
 class _Labelling:
     """Targets of every fold, and which texts have opposite ones in all labellings, as those of minimal pairs do."""
 
-    def __init__(self, labels: Num[np.ndarray, "contrast n"], held_out: Sequence[Int[np.ndarray, " test"]]):
+    def __init__(self, labels: Num[np.ndarray, "contrast n"], held_out: Sequence[Int[np.ndarray, " _"]]):
         targets = np.ascontiguousarray(_targets(labels).T)
         self.targets = [targets[:, test] for test in held_out]
         self.totals = [part.sum(1) for part in self.targets]
         self.opposed = [_opposites(part) for part in self.targets]
 
-    def aims(self, of_fold: Sequence[Float[np.ndarray, "test d"]]) -> list[Float[np.ndarray, "contrast d"]]:
+    def aims(self, of_fold: Sequence[Float[np.ndarray, "_ d"]]) -> list[Float[np.ndarray, "contrast d"]]:
         """Yᵀ X of every fold; y x + (−y) x' is y (x − x'), half the products."""
         return [
             part[:, one] @ (out[one] - out[other]) + part[:, alone] @ out[alone]

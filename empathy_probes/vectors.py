@@ -179,9 +179,11 @@ class SteeringVector:
             neutral: texts the rms is measured on; the shipped ones by default.
 
         Raises:
-            InputError: the model has not these layers or this width.
+            InputError: the model has not these layers or this width, or the dose is no finite number.
             EmpathyProbesError: nothing ran inside that the vector could be added to.
         """
+        if not np.isfinite(dose):
+            raise InputError(f"dose got {dose}, expected a finite number; choose one such as 0.1")
         rms = self._rms_of(model, neutral)
         added = Dose(dose, rms, {layer: dose * size for layer, size in rms.items()})
         rows = dict(zip(self.layers, self.relative, strict=True))

@@ -108,6 +108,12 @@ def test_a_zero_dose_changes_no_bit(model: Model) -> None:
         assert torch.equal(logits(model), plain)
 
 
+@pytest.mark.parametrize("dose", [float("nan"), float("inf")])
+def test_a_dose_that_is_no_number_is_refused(model: Model, dose: float) -> None:
+    with pytest.raises(InputError, match=f"dose got {dose}"), a_vector(model).apply(model, dose):
+        pass
+
+
 def test_opposite_vectors_cancel_and_a_sum_is_both(model: Model) -> None:
     a, b, plain = a_vector(model), a_vector(model, 1, (2, 3)), logits(model)
     with a.apply(model, 0.5), (-a).apply(model, 0.5):
