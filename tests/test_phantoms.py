@@ -138,7 +138,7 @@ def test_a_twin_differs_from_its_base_in_the_planted_block_alone(twin: str) -> N
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_every_family_is_shipped_with_a_truth_from_four_thousand_fresh_scenarios(kind: str) -> None:
-    for family in (*FAMILIES, *TRAINED):
+    for family in (*(set(FAMILIES) - {"scaled_writes"}), *TRAINED):
         truth = phantom_truth(f"{kind}-{family}")
         assert truth["family"] == family and truth["n_scenarios"] == 4000
         lost = np.array([v or 0.0 for v in truth["attenuation_by_layer"].values()])
@@ -148,7 +148,8 @@ def test_every_family_is_shipped_with_a_truth_from_four_thousand_fresh_scenarios
         elif family in ("unread", "unsaid"):
             assert abs(lost).max() < 0.1 and abs(said) < 0.15
         elif family in ("planted", "erased", "local", "rerouted"):
-            assert abs(truth["keep_achieved"] - truth["keep_intended"]) < 0.1 and said < 0.9
+            assert abs(truth["keep_achieved"] - truth["keep_intended"]) < 0.1
+            assert abs(said - 1) < 0.05 if family == "rerouted" else said < 0.4
 
 
 def test_a_written_twin_of_any_family_is_the_pair_that_was_measured(tmp_path: Path) -> None:
