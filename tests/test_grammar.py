@@ -131,12 +131,16 @@ def test_a_truth_file_has_the_keys_of_the_contract_and_is_exactly_zero_before_it
     truth = json.loads(path.read_text())
     assert set(truth) >= TRUTH_KEYS
     curve = {int(layer): value for layer, value in truth["attenuation_by_layer"].items()}
-    layers = json.loads((path.parent / "base" / "config.json").read_text())["num_hidden_layers"]
+    config = json.loads((path.parent / "base" / "config.json").read_text())
+    layers = config.get("num_hidden_layers", config.get("n_layer"))
     assert sorted(curve) == list(range(-1, layers))
-    for one in [truth["attenuation_by_layer"], *truth["other_concepts"].values()]:
-        assert all(value == 0.0 for layer, value in one.items() if int(layer) < truth["layer"])
-    assert abs(1 - curve[truth["layer"]] - truth["keep_achieved"]) < 1e-3
-    assert set(truth["other_concepts"]) == set(grammar.CONCEPTS) - {truth["concept"]}
+    if truth["layer"] is not None:
+        for one in [truth["attenuation_by_layer"], *truth["other_concepts"].values()]:
+            assert all(value == 0.0 for layer, value in one.items() if int(layer) < truth["layer"])
+    if truth["keep_achieved"] is not None:
+        assert abs(1 - curve[truth["layer"]] - truth["keep_achieved"]) < 1e-3
+    # Where nothing is planted in a concept, the curve is that of the first target.
+    assert set(truth["other_concepts"]) == set(grammar.CONCEPTS) - {truth["concept"] or grammar.TARGETS[0]}
 
 
 def test_the_shipped_weights_stay_small():
