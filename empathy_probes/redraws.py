@@ -167,10 +167,22 @@ class Outcomes:
     def covers(self) -> Bool[np.ndarray, "redraw target layer curve"]:
         """Which intervals hold the truth; an open end (NaN) holds everything on its side."""
         cut = np.array([name in ("base", "aligned") for name in CURVES])
-        drawn = np.broadcast_to((self.n / self.population)[:, None, None], self.truth.shape).copy()
-        # Relative to controls, of which there are as many scenarios as of the smallest target.
-        drawn[..., [CURVES.index("specific"), CURVES.index("band")]] = self.n / self.population.min()
+        of_target, of_control = self.n / self.population[:, None], self.n / self.population.min()
+        drawn = np.broadcast_to(of_target[..., None], self.curves.shape[:-1]).copy()
+        # What is relative to controls, of which fewer scenarios may be there, errs with both: each by its share of the variance.
+        own, whole = (self._width(name) for name in ("attenuation", "specific"))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.minimum((own / whole) ** 2, 1)
+        share = np.where(np.isfinite(share), share, 1.0)
+        relative = [CURVES.index("specific"), CURVES.index("band")]
+        drawn[..., relative] = (share * of_target + (1 - share) * of_control)[..., None]
         return holds(self.truth, self.curves, drawn, cut, ~cut)
+
+    def _width(self, curve: str) -> Float[np.ndarray, "redraw target layer"]:
+        """Of a curve's interval, on the scale of log keep."""
+        lower, upper = np.moveaxis(self.curves[..., CURVES.index(curve), 1:].astype(np.float64), -1, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(np.log1p(-lower) - np.log1p(-upper))
 
     def beyond(
         self, margin: float

@@ -174,6 +174,21 @@ def test_decisions_are_scored_with_the_errors_of_fresh_scenarios() -> None:
     assert 0.015 < alarms.value < 0.035  # one side of five per cent
 
 
+@pytest.mark.parametrize(("own", "held"), [(1.0, True), (0.1, False)])
+def test_what_is_relative_to_controls_errs_with_the_scenarios_of_both(own: float, held: bool) -> None:
+    """The truth lies .8 of the way to the end: beyond it once shortened as for controls, within it as for the target."""
+    curves = np.zeros((1, 2, 1, len(CURVES), 3), np.float32)
+    for name, width in (("attenuation", own), ("specific", 1.0)):
+        curves[:, 0, 0, CURVES.index(name)] = 1 - np.exp([0.0, width / 2, -width / 2])
+    truth = np.zeros((2, 1, len(CURVES)))
+    truth[0, 0, CURVES.index("specific")] = 0.8 * (1 - np.exp(-0.5))
+    outcomes = Outcomes(
+        100, np.array([500, 200]), ("a", "b"), (0,), truth, np.ones((6, 1)), curves, np.zeros((1, 2, 1), np.int8),
+        np.zeros((1, 2, 1)), np.zeros((1, 2, 1), bool), np.zeros((1, 2), bool),
+    )  # fmt: skip
+    assert outcomes.covers()[0, 0, 0, CURVES.index("specific")] == held
+
+
 def test_a_blank_is_no_equivalence_where_the_concept_is_carried(case: Case) -> None:
     blank = replace(case.outcomes, decisions=np.zeros_like(case.outcomes.decisions))
     row = next(
