@@ -222,7 +222,8 @@ def measure_concept(
         ],
         np.float32,
     )
-    # Equal models are read once.
+    # Equal weights may still have read other texts: each in its own chat template. Only equal states are read once.
+    same_model = same_model and np.array_equal(acts[0].acts, acts[1].acts)
     sides = [0, 0] if same_model else [0, 1]
     read = [
         permutation_null(normalised[i], codes, units, folds, null_draws, seed) for i in sorted(set(sides))

@@ -95,13 +95,7 @@ def test_block_0_cannot_go_into_a_gguf_file_and_nobody_is_left_to_guess(
     assert [path.name for path in tmp_path.iterdir()] == ["v.gguf"]
 
 
-def control_vector(path: Path, tensors: dict[str, Any], header: str = "") -> Path:
-    writer = gguf.GGUFWriter(path, "controlvector")
-    if header:
-        writer.add_string("controlvector.empathy_probes", header)
-    for name, array in tensors.items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if array.dtype == np.uint8 else None
-        writer.add_tensor(name, array, raw_dtype=kind)
+def finish(writer: gguf.GGUFWriter) -> None:
     for step in (
         writer.write_header_to_file,
         writer.write_kv_data_to_file,
@@ -109,6 +103,16 @@ def control_vector(path: Path, tensors: dict[str, Any], header: str = "") -> Pat
         writer.close,
     ):
         step()
+
+
+def control_vector(path: Path, tensors: dict[str, Any], header: str = "") -> Path:
+    writer = gguf.GGUFWriter(path, "controlvector")
+    if header:
+        writer.add_string("controlvector.empathy_probes", header)
+    for name, array in tensors.items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if array.dtype == np.uint8 else None
+        writer.add_tensor(name, array, raw_dtype=kind)
+    finish(writer)
     return path
 
 
@@ -166,13 +170,7 @@ def test_a_control_vector_that_repeng_wrote_lands_on_its_blocks(tmp_path: Path) 
     writer.add_uint32("controlvector.layer_count", len(rows))
     for layer, row in rows.items():
         writer.add_tensor(f"direction.{layer}", row)
-    for step in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        step()
+    finish(writer)
     found = read_vector(tmp_path / "happy.gguf")
     assert found.layers == (2, 5, 11) and found.concept == "happy" and found.model == {"name": "mistral"}
     np.testing.assert_array_equal(found.direction[:, 0], [2, 5, 11])

@@ -26,6 +26,7 @@ from empathy_probes.attacks import (
 from empathy_probes.calibration import Options, Twin, calibrate, full_twins, run_calibration
 from empathy_probes.errors import InputError
 from empathy_probes.kernels import strength_kernels, u_statistic
+from empathy_probes.measurements import measure_concept
 from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import FAMILIES, TRAINED, list_bases
 from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, redraw
@@ -367,6 +368,18 @@ def test_a_keyword_is_read_by_the_floor_and_nothing_where_there_is_none() -> Non
 
 def test_a_study_of_which_a_model_has_not_read_all_texts_is_refused(exhibit: Exhibit) -> None:
     assert missing_texts(exhibit, 4, 0).all()
+
+
+def test_equal_weights_that_read_other_texts_are_two_readings(exhibit: Exhibit) -> None:
+    """As with the chat templates of two tokenizers on the same weights."""
+    texts = 80
+    stimuli = replace(exhibit.concept.stimuli, items=exhibit.concept.stimuli.items[:texts])
+    few = [replace(acts, acts=acts.acts[:texts]) for acts in exhibit.acts]
+    found = measure_concept(
+        replace(exhibit.concept, stimuli=stimuli), "own", few, exhibit.neutral, np.zeros((1, texts)), 0, True, null_draws=1
+    )  # fmt: skip
+    assert not np.array_equal(few[0].acts, few[1].acts)
+    assert not np.array_equal(found.scores[0], found.scores[1]) and not found.same_model
 
 
 def test_only_matched_directions_tell_a_contrast_from_what_varies_most() -> None:
