@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from empathy_probes.contrasts import Contrast
-from empathy_probes.kernels import deviation, fieller
+from empathy_probes.kernels import deviation, fieller, variance_at
 from empathy_probes.stats import as_normal, critical_t, unit_normals, unit_signs, upper_t
 
 
@@ -228,6 +228,26 @@ def gap_to(
     scatter = own**2 / (target.n - 1) + others**2 / few
     df = np.divide((own + others) ** 2, scatter, out=np.full_like(own, target.n - 1), where=scatter > 0)
     return Gap(value, own, others, covariance, np.where(np.isnan(scatter), target.n - 1.0, df))
+
+
+def error_at(
+    target: Contrast, reference: Reference | None, log_keep: Float[np.ndarray, "grid layer"]
+) -> Float[np.ndarray, "grid layer"]:
+    """Standard error of the gap had the target kept exp(log_keep) of what the controls keep on average, and not what it did.
+
+    In the Fieller form, where the aligned signal is too weak to be scaled, it is that of the test of the first ratio.
+    """
+    u, size = target.pair.u, len(target.layers)
+    mean = others = on_base = on_aligned = np.zeros(size)
+    if reference is not None:
+        mean, others = reference.pool.mean, reference.pool.variance
+        on_base, on_aligned = mean_covariances(target, reference)
+    keep = np.exp(mean + log_keep)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        at_log = 0.5 * (on_aligned / (keep * np.sqrt(u[0] * u[1])) - on_base / u[0])
+    both = variance_at(target.pair, keep) + others
+    scaled = np.sqrt(np.maximum(both - 2 * at_log, 1e-3 * both))
+    return np.where(target.has_form("fieller"), gap_to(target, reference, log_keep[0]).se, scaled)
 
 
 def mean_covariances(

@@ -307,6 +307,19 @@ def log_ratio(pair: KernelPair) -> LogRatio:
     )
 
 
+def variance_at(pair: KernelPair, keep: Float[np.ndarray, "*#batch"]) -> Float[np.ndarray, "*batch"]:
+    """Variance of theta had the aligned model kept this much of the base's signal, and scenarios differed as they do.
+
+    Taking a part c of their mean out of all contrasts scales the influence of every scenario by 1 - c and leaves zeta_2 alone.
+    NaN where either U is not positive.
+    """
+    u = np.where(pair.u > 0, pair.u, np.nan)
+    factor = keep * np.sqrt(u[0] / u[1])
+    zeta1 = _combined(pair.zeta1, -0.5 / u[0], 0.5 / (factor * u[1]))
+    zeta2 = _combined(pair.zeta2, -0.5 / u[0], 0.5 / (factor**2 * u[1]))
+    return _variance(zeta1, zeta2, pair.n)
+
+
 def fieller(
     pair: KernelPair, critical: Float[np.ndarray, "..."] | float
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:

@@ -13,12 +13,21 @@ from empathy_probes.contrasts import Contrast, TemplateShift
 from empathy_probes.decisions import Judgement
 from empathy_probes.geometry import cosine_from_kernels
 from empathy_probes.measurements import Measurement
-from empathy_probes.probes import READING_FACTOR, bits, bits_difference, entropy, grade_entropy, paired_t
+from empathy_probes.probes import (
+    READING_FACTOR,
+    bits,
+    bits_difference,
+    entropy,
+    grade_bits,
+    grade_entropy,
+    paired_t,
+)
 from empathy_probes.stats import (
     Curve,
     auroc_attenuation,
     critical_t,
     fieller_ratio,
+    widened,
 )
 
 COLUMNS = [
@@ -209,8 +218,14 @@ def separation_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iter
 
 def bits_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What a probe extracts about the label."""
-    whole = grade_entropy(m.labels) if m.kind == "graded" else entropy(m.labels.astype(int))
-    return _bits_rows(m, n_layers, flags, "bits", m.views.losses, whole)
+    if m.kind == "graded":
+        whole = grade_entropy(m.labels)
+        curves = [grade_bits(side.astype(float), whole) for side in m.views.losses]
+    else:
+        whole = entropy(m.labels.astype(int))
+        contrasts = max(len(m.categories), 2) - 1
+        curves = [bits(side.astype(float), whole, contrasts) for side in m.views.losses]
+    return _bits_rows(m, n_layers, flags, "bits", m.views.losses, whole, curves)
 
 
 def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -219,7 +234,9 @@ def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Ite
     if coarse is None:
         return iter(())
     whole = entropy(m.labels.astype(int), coarse)
-    return _bits_rows(m, n_layers, flags, "granularity", m.views.fine_losses, whole)
+    contrasts = max(len(m.categories) - len(np.unique(coarse)), 1)
+    curves = [bits(side.astype(float), whole, contrasts) for side in m.views.fine_losses]
+    return _bits_rows(m, n_layers, flags, "granularity", m.views.fine_losses, whole, curves)
 
 
 def _bits_rows(
@@ -229,22 +246,26 @@ def _bits_rows(
     measure: str,
     both: Float[np.ndarray, "model=2 layer unit"],
     whole: float,
+    curves: Sequence[Curve],
 ) -> Iterator[dict[str, Any]]:
     """Compared as a difference, and relative to the base where that is detected."""
     losses = both.astype(float)
-    base, aligned = (bits(side, whole) for side in losses)
+    base, aligned = curves
     n = losses.shape[-1]
-    covariance = np.stack([np.cov(losses[:, i]) for i in range(losses.shape[1])], -1) * READING_FACTOR**2 / n
+    factor = np.stack([widened(side.value / whole, READING_FACTOR) for side in curves])
+    covariance = (
+        np.stack([np.cov(losses[:, i]) for i in range(losses.shape[1])], -1) * factor * factor[:, None] / n
+    )
     ratio = fieller_ratio(base.value, aligned.value, covariance, critical_t(n - 1))
     kept = Curve(ratio.value, ratio.lower, ratio.upper)
     positive = base.lower > 0
     attenuation = Curve(*(np.where(positive, 1 - x, np.nan) for x in (kept.value, kept.upper, kept.lower)))
     if m.same_model:
         attenuation = Curve(*(np.where(positive, 0.0, x) for x in vars(attenuation).values()))
-    curves = {"base": base, "aligned": aligned, "difference": bits_difference(losses[0], losses[1]),
-              "attenuation": attenuation}  # fmt: skip
+    curves_of = {"base": base, "aligned": aligned, "difference": bits_difference(losses[0], losses[1]),
+                 "attenuation": attenuation}  # fmt: skip
     own = [[*([] if known else ["base_not_detected"]), *flags] for known in positive]
-    return _curve_rows(m, n_layers, measure, curves, own)
+    return _curve_rows(m, n_layers, measure, curves_of, own)
 
 
 def cosine_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:

@@ -460,6 +460,28 @@ def test_more_scenarios_are_asked_for_only_where_nothing_was_settled():
     assert (judged.minimum_detectable > 0.1).all()
 
 
+def test_what_a_run_could_have_shown_depends_on_its_size_and_not_on_what_it_found():
+    named = {
+        (n, keep): judge([concept("valence", [keep], seed=27, n=n, trace=1.0)], [], draws=DRAWS)[
+            0
+        ].minimum_detectable[0]
+        for n in (100, 300)
+        for keep in (1.0, 0.5, 0.25)
+    }
+    for keep in (1.0, 0.5, 0.25):
+        assert 0.1 < named[300, keep] < named[100, keep] < 0.25
+    assert max(named[300, k] for k in (1.0, 0.5, 0.25)) - min(named[300, k] for k in (1.0, 0.5, 0.25)) < 0.02
+    # With controls, whose spread adds to the error; where the base carries nothing there is nothing to show.
+    controls = [
+        concept(f"c{j}", [keep], seed=40 + j, trace=0.1, n=300) for j, keep in enumerate([0.9, 1.0, 1.1] * 3)
+    ]
+    against = judge([concept("valence", [1.0], seed=27, n=300, trace=1.0)], controls, draws=DRAWS)[0]
+    assert against.minimum_detectable[0] > named[300, 1.0] + 0.02
+    assert np.isnan(
+        judge([concept("valence", [1.0], seed=28, signal=0.0)], [], draws=DRAWS)[0].minimum_detectable[0]
+    )
+
+
 def test_more_controls_are_asked_for_where_their_spread_is_what_hinders():
     keeps = [0.6, 0.75, 0.9, 1.0, 1.1, 1.4]
     controls = [concept(f"c{j}", [keep], seed=40 + j, trace=0.1, n=200) for j, keep in enumerate(keeps)]
@@ -502,6 +524,16 @@ def test_the_band_covers_all_layers_at_once_and_the_onset_set_the_onset(coverage
     found = shares(coverage.band_cell(np.random.default_rng(0), 150, 60, 4.0, "step", 199))
     assert found["band"].upper > 0.95 and found["onset_covers"].upper > 0.95
     assert found["pointwise"].upper < 0.90 and found["false_decision"].lower < 0.05
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_what_is_named_detectable_is_detected_in_four_of_five_runs(coverage: ModuleType, keep: float):
+    cells = list(coverage.power_cell(np.random.default_rng(1), 150, 100, 2.0, keep))
+    found = shares(cells)
+    assert found["decided_there"].lower < 0.8 < found["decided_there"].upper + 0.05
+    # With the errors of what was found it is too much where nothing is lost, and too little where half is.
+    other = found["found_decided_there"]
+    assert other.upper < 0.8 if keep == 1 else other.lower > 0.9
 
 
 def test_specific_covers_and_one_more_control_is_not_decided(coverage: ModuleType):

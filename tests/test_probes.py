@@ -19,7 +19,7 @@ from empathy_probes.probes import (
     lexical_scores,
     paired_scores,
 )
-from empathy_probes.stats import auroc, grouped_folds
+from empathy_probes.stats import auroc, binomial_interval, grouped_folds
 
 
 def data(n: int = 60, seed: int = 0, width: int = 90) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
@@ -161,6 +161,29 @@ def test_bits_are_none_on_noise_and_never_more_than_the_label_is_worth() -> None
     much = bits(cross_fitted_losses(*contrast(40, 12.0)), 1.0).value
     assert (much > 0.9).all() and (much <= 1).all()
     assert entropy(np.array([0, 1, 2, 3])) == 2 and entropy(np.array([0, 1, 0, 1])) == 1
+
+
+def test_a_probe_that_learnt_nothing_does_not_know_that_there_is_nothing_to_learn() -> None:
+    # All losses alike: their spread says nothing about what other scenarios would have taught.
+    curve = bits(np.full((1, 40), 0.99), 1.0)
+    assert curve.value[0] == pytest.approx(0.01) and curve.upper[0] > 0.2 and curve.lower[0] < 0.001
+    assert bits(np.full((1, 400), 0.99), 1.0).upper[0] < 0.06
+    # Four categories show three contrasts in every scenario; what a probe surely loses needs no such bound.
+    assert bits(np.full((1, 40), 1.99), 2.0, 3).upper[0] < bits(np.full((1, 40), 1.99), 2.0).upper[0]
+    harmful = bits(np.full((1, 40), 1.5) + np.linspace(-0.1, 0.1, 40), 1.0)
+    assert harmful.lower[0] < harmful.value[0] < harmful.upper[0] < -0.4
+
+
+def test_bits_of_a_weak_signal_cover_what_such_probes_extract_on_average() -> None:
+    # Forty scenarios that show little: from the spread of losses alone .83 of intervals held the mean.
+    rng = np.random.default_rng(5)
+    labels, units = np.tile([0, 1], 40), [str(i // 2) for i in range(80)]
+    rows = rng.standard_normal((80, 300, 24)) + 1.3 * labels[:, None, None] * np.eye(24)[0]
+    curve = bits(cross_fitted_losses(rows, labels, units, repeats=1), 1.0)
+    truth = curve.value.mean()
+    assert 0.05 < truth < 0.3
+    held = binomial_interval(int(((curve.lower <= truth) & (truth <= curve.upper)).sum()), 300)
+    assert held.upper > 0.95 and held.value > 0.92
 
 
 def test_bits_do_not_depend_on_scale_rotation_or_order() -> None:

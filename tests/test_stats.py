@@ -25,6 +25,7 @@ from empathy_probes.stats import (
     auroc_difference,
     auroc_interval,
     binomial_interval,
+    correlation_interval,
     fieller_ratio,
     grouped_folds,
     hull_of_members,
@@ -32,6 +33,7 @@ from empathy_probes.stats import (
     skewed_critical,
     studentised_sums,
     unit_signs,
+    widened,
 )
 
 
@@ -383,6 +385,18 @@ def test_auroc_of_one_has_an_interval_that_admits_a_few_errors():
     assert (curve.value == 1).all() and (curve.upper == 1).all()
     # Rule of three: up to about 3 or 4 in 100 scenarios could be wrong.
     assert (curve.lower > 0.95).all() and (curve.lower < 0.98).all()
+
+
+def test_readings_are_widened_by_what_they_do_not_read_yet():
+    np.testing.assert_allclose(widened(np.array([-0.1, 0.0, 0.5, 1.0]), 1.6), [1.6, 1.6, 1.3, 1.0])
+    scores, labels, groups = scored(4, 1.0)
+    plain, wide = (auroc_interval(scores, labels, groups, widen) for widen in (1.0, 1.6))
+    logit = [np.log(c.upper / (1 - c.upper)) - np.log(c.value / (1 - c.value)) for c in (plain, wide)]
+    np.testing.assert_allclose(logit[1] / logit[0], widened((2 * plain.value - 1) ** 2, 1.6))
+    values = labels + np.random.default_rng(1).standard_normal(len(labels))
+    plain, wide = (correlation_interval(scores, values, groups, widen) for widen in (1.0, 1.6))
+    reach = [np.arctanh(c.upper) - np.arctanh(c.value) for c in (plain, wide)]
+    np.testing.assert_allclose(reach[1] / reach[0], widened(plain.value**2, 1.6))
 
 
 def test_auroc_interval_covers_chance_on_noise():

@@ -23,7 +23,7 @@ from scipy.stats import norm
 
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.controls import build_reference, gap_to
-from empathy_probes.decisions import judge
+from empathy_probes.decisions import POWER, Judgement, judge
 from empathy_probes.kernels import (
     KernelPair,
     fieller,
@@ -425,6 +425,42 @@ def any_decided(target: Contrast, controls: list[Contrast], draws: int, seed: in
     return any(d in ("attenuated", "amplified") for d in judged.decision)
 
 
+# ---------------------------------------------------------------- power
+
+
+def judge_pairs(
+    rng: np.random.Generator, replicates: int, n: int, trace: float, keep: float
+) -> Iterator[tuple[Contrast, Judgement]]:
+    """One concept at one layer, without controls, again and again."""
+    for first in range(0, replicates, 50):
+        many = min(50, replicates - first)
+        kernels = np.stack([gram(x) for x in simulate_pair(rng, many, n, trace, keep, 1.0, False)])
+        whole = compare("t", [str(i) for i in range(n)], kernels, range(many))
+        for i in range(many):
+            contrast = whole.at(slice(i, i + 1), (0,))
+            yield contrast, judge([contrast], [], draws=499, seed=first + i)[0]
+
+
+def power_cell(
+    rng: np.random.Generator, replicates: int, n: int, trace: float, keep: float
+) -> Iterator[Cell]:
+    """What a run that finds `keep` says it would have shown, and how often it does where just that is lost.
+
+    `found`: the same with the standard error of what was found.
+    """
+    cell = f"n={n},trace={trace},keep={keep}"
+    seen = list(judge_pairs(rng, replicates, n, trace, keep))
+    named = {"": np.nanmedian([j.minimum_detectable[0] for _, j in seen])}
+    errors = np.array([gap_to(c, None, np.log(0.9)).se[0] for c, _ in seen])
+    named["found_"] = np.nanmedian(1 - 0.9 * np.exp(-(critical_t(n - 1) + POWER) * errors))
+    for name, lost in named.items():
+        yield Cell("power", cell, f"{name}minimum_detectable", 0, replicates, float(lost))
+        there = judge_pairs(rng, replicates, n, trace, 1 - lost)
+        yield share(
+            "power", cell, f"{name}decided_there", np.array([j.decision[0] == "attenuated" for _, j in there])
+        )
+
+
 # ---------------------------------------------------------------- AUROC
 
 
@@ -474,6 +510,12 @@ def tables(replicates: int, quick: bool) -> dict[str, list[Callable[[np.random.G
             for n, trace, shape in bands
         ],
         "specific": [partial(specific_cell, replicates=replicates, setting=s, draws=draws) for s in settings],
+        "power": [
+            partial(power_cell, replicates=replicates, n=n, trace=trace, keep=keep)
+            for n, trace, keep in (
+                [(100, 2.0, 1.0)] if quick else product((40, 100, 300), (2.0, 8.0), (1.0, 0.75, 0.5, 0.25))
+            )
+        ],
     }
 
 
@@ -487,7 +529,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few cells only")
     parser.add_argument("--out", type=Path, help="also write the table to this CSV file")
     parser.add_argument(
-        "--tables", nargs="+", choices=["ratio", "auroc", "band", "specific"], help="only these"
+        "--tables", nargs="+", choices=["ratio", "auroc", "band", "specific", "power"], help="only these"
     )
     options = parser.parse_args()
     rows = []

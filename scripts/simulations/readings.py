@@ -2,7 +2,7 @@
 
 A probe's reading is a property of the concept, the model and the number of scenarios it was fitted on: the truth is the mean
 over fresh draws of that many. Units of one draw share probes, so a t interval over units is too narrow; `factor` is by how
-much: the standard deviation over draws of the mean over units, divided by its mean naive standard error.
+much the mean interval should be wider: the standard deviation over draws, divided by the mean half width over the quantile of t.
 
     python scripts/simulations/readings.py --out docs/simulations/readings.csv
 """
@@ -18,9 +18,14 @@ import numpy as np
 from empathy_probes.coding import coarse_numbers, contrast_codes
 from empathy_probes.probes import (
     READING_FACTOR,
+    bits,
+    bits_difference,
     cross_fitted_grade_losses,
     cross_fitted_losses,
     cross_fitted_scores,
+    entropy,
+    grade_bits,
+    grade_entropy,
     paired_t,
 )
 from empathy_probes.rows import scenario_slopes
@@ -44,6 +49,7 @@ KINDS: dict[LabelKind, tuple[np.ndarray, np.ndarray]] = {
     "graded": (np.arange(3.0), np.eye(2, WIDTH)[:1] * np.arange(3)[:, None] / 2),
     "categorical": (np.arange(4.0), np.eye(4, WIDTH) + np.eye(6, WIDTH)[[4, 4, 5, 5]]),
 }
+CONTRASTS = {("binary", "bits"): 1, ("categorical", "bits"): 3, ("categorical", "granularity"): 2}
 NAMES = ("a/x", "a/y", "b/x", "b/y")
 
 
@@ -77,7 +83,12 @@ def readings(kind: LabelKind, states: np.ndarray, labels: np.ndarray, units: lis
             cross_fitted_losses(x, labels.astype(int), units, given=coarse) for x in states
         ]
     for name, (base, aligned) in losses.items():
-        found[f"{name} base"], found[f"{name} difference"] = paired_t(-base), paired_t(base - aligned)
+        if kind == "graded":
+            found[f"{name} base"] = grade_bits(base, grade_entropy(labels))
+        else:
+            whole = entropy(labels.astype(int), None if name == "bits" else coarse)
+            found[f"{name} base"] = bits(base, whole, CONTRASTS[kind, name])
+        found[f"{name} difference"] = bits_difference(base, aligned)
     codes = contrast_codes(kind, labels)
     base, aligned = (cross_fitted_scores(x, codes, folds) for x in states)
     if kind == "graded":
@@ -108,7 +119,7 @@ def table(draws: int, seed: int) -> Iterator[dict[str, object]]:
                     )
                     hits = (lower <= value.mean()) & (value.mean() <= upper)
                     share = binomial_interval(int(hits.sum()), len(hits))
-                    naive = np.mean(upper - lower) / 2 / READING_FACTOR / critical_t(n - 1)
+                    naive = np.mean(upper - lower) / 2 / critical_t(n - 1)
                     yield {
                         "kind": kind, "n": n, "size": size, "reading": name, "value": round(value.mean(), 4),
                         "coverage": round(share.value, 4), "lower": round(share.lower, 4), "upper": round(share.upper, 4),
