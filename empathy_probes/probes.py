@@ -412,16 +412,15 @@ def bits(losses: Float[np.ndarray, "layer unit"], label_entropy: float, contrast
     divided by how many `contrasts` a scenario shows, one fewer than categories.
     """
     n = losses.shape[-1]
-    centre = label_entropy - losses.mean(-1)
-    t = critical_t(n - 1)
-    reach = widened(centre / label_entropy, READING_FACTOR) * t * losses.std(-1, ddof=1) / np.sqrt(n)
+    plain = paired_t(label_entropy - losses, 1 - losses.mean(-1) / label_entropy)
+    centre, t = plain.value, critical_t(n - 1)
     # |centre - b| = factor t sqrt(b (H - b) / n), solved for b as in Wilson's interval.
     weight = (READING_FACTOR * t) ** 2 / (n * contrasts)
     middle = centre + weight * label_entropy / 2
     found = middle**2 - (1 + weight) * centre**2
     root = np.sqrt(np.where(found >= 0, found, np.nan))
     ends = (middle - root) / (1 + weight), (middle + root) / (1 + weight)
-    return Curve(centre, np.fmin(centre - reach, ends[0]), np.fmax(centre + reach, ends[1]))
+    return Curve(centre, np.fmin(plain.lower, ends[0]), np.fmax(plain.upper, ends[1]))
 
 
 def grade_bits(losses: Float[np.ndarray, "layer unit"], label_entropy: float) -> Curve:
@@ -429,14 +428,28 @@ def grade_bits(losses: Float[np.ndarray, "layer unit"], label_entropy: float) ->
     return paired_t(label_entropy - losses)
 
 
-def bits_difference(base: Float[np.ndarray, "layer unit"], aligned: Float[np.ndarray, "layer unit"]) -> Curve:
-    """bits(aligned) - bits(base) from two models' losses on the same units, paired t over units."""
-    return paired_t(base - aligned)
+def bits_difference(
+    base: Float[np.ndarray, "layer unit"],
+    aligned: Float[np.ndarray, "layer unit"],
+    label_entropy: float | None = None,
+) -> Curve:
+    """bits(aligned) - bits(base) from two models' losses on the same units, paired t over units.
+
+    Without the entropy of the labels (grades have none that bounds their bits) as wide as where nothing is read.
+    """
+    share = np.zeros(len(base))
+    if label_entropy is not None:
+        share = 1 - np.minimum(base.mean(-1), aligned.mean(-1)) / label_entropy
+    return paired_t(base - aligned, share)
 
 
-def paired_t(values: Float[np.ndarray, "layer unit"]) -> Curve:
-    """Mean over units whose probes share scenarios, 95 % t interval widened for that."""
+def paired_t(
+    values: Float[np.ndarray, "layer unit"], share: Float[np.ndarray, " layer"] | float = 0.0
+) -> Curve:
+    """Mean over units whose probes share scenarios, 95 % t interval widened for that (`share` as in `stats.widened`)."""
     n = values.shape[-1]
-    reach = READING_FACTOR * critical_t(n - 1) * values.std(-1, ddof=1) / np.sqrt(n)
+    reach = (
+        widened(np.asarray(share), READING_FACTOR) * critical_t(n - 1) * values.std(-1, ddof=1) / np.sqrt(n)
+    )
     centre = values.mean(-1)
     return Curve(centre, centre - reach, centre + reach)

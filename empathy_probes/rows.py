@@ -262,7 +262,7 @@ def _bits_rows(
     attenuation = Curve(*(np.where(positive, 1 - x, np.nan) for x in (kept.value, kept.upper, kept.lower)))
     if m.same_model:
         attenuation = Curve(*(np.where(positive, 0.0, x) for x in vars(attenuation).values()))
-    curves_of = {"base": base, "aligned": aligned, "difference": bits_difference(losses[0], losses[1]),
+    curves_of = {"base": base, "aligned": aligned, "difference": bits_difference(losses[0], losses[1], None if m.kind == "graded" else whole),
                  "attenuation": attenuation}  # fmt: skip
     own = [[*([] if known else ["base_not_detected"]), *flags] for known in positive]
     return _curve_rows(m, n_layers, measure, curves_of, own)

@@ -185,7 +185,7 @@ def _draw_cost(axes: Axes, rows: pd.DataFrame, model: str) -> None:
         at_zero * BOUND, color=COLOURS[model], linewidth=1.0, linestyle=":",
         label=f"+{BOUND - 1:.0%} on dose 0" if model == "base" else "_",
     )  # fmt: skip
-    axes.legend(loc="upper center")
+    axes.legend(loc="best")
 
 
 def _draw_slopes(axes: Axes, rows: pd.DataFrame, shown: int) -> None:

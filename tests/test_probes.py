@@ -233,3 +233,10 @@ def test_a_difference_of_bits_is_paired_and_exactly_zero_for_equal_models() -> N
     same = bits_difference(losses, losses)
     assert (same.value == 0).all() and (same.lower == 0).all() and (same.upper == 0).all()
     assert (bits_difference(losses, losses + 0.1).upper < 0).all()
+    # The more one of the two reads, the less it depends on what it learnt from.
+    other = losses + 0.1 * np.random.default_rng(0).standard_normal(losses.shape)
+    wide, narrow = bits_difference(losses, other), bits_difference(losses, other, 1.0)
+    share = 1 - np.minimum(losses.mean(-1), other.mean(-1))
+    np.testing.assert_allclose(
+        (narrow.upper - narrow.lower) / (wide.upper - wide.lower), (1.6 - 0.6 * share) / 1.6
+    )

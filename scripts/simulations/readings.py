@@ -85,10 +85,11 @@ def readings(kind: LabelKind, states: np.ndarray, labels: np.ndarray, units: lis
     for name, (base, aligned) in losses.items():
         if kind == "graded":
             found[f"{name} base"] = grade_bits(base, grade_entropy(labels))
+            found[f"{name} difference"] = bits_difference(base, aligned)
         else:
             whole = entropy(labels.astype(int), None if name == "bits" else coarse)
             found[f"{name} base"] = bits(base, whole, CONTRASTS[kind, name])
-        found[f"{name} difference"] = bits_difference(base, aligned)
+            found[f"{name} difference"] = bits_difference(base, aligned, whole)
     codes = contrast_codes(kind, labels)
     base, aligned = (cross_fitted_scores(x, codes, folds) for x in states)
     if kind == "graded":
