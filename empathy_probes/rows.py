@@ -219,13 +219,11 @@ def separation_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iter
 def bits_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What a probe extracts about the label."""
     if m.kind == "graded":
-        whole = grade_entropy(m.labels)
-        curves = [grade_bits(side.astype(float), whole) for side in m.views.losses]
-    else:
-        whole = entropy(m.labels.astype(int))
-        contrasts = max(len(m.categories), 2) - 1
-        curves = [bits(side.astype(float), whole, contrasts) for side in m.views.losses]
-    return _bits_rows(m, n_layers, flags, "bits", m.views.losses, whole, curves)
+        curves = [grade_bits(side.astype(float), grade_entropy(m.labels)) for side in m.views.losses]
+        return _bits_rows(m, n_layers, flags, "bits", m.views.losses, curves, None)
+    whole, contrasts = entropy(m.labels.astype(int)), max(len(m.categories), 2) - 1
+    curves = [bits(side.astype(float), whole, contrasts) for side in m.views.losses]
+    return _bits_rows(m, n_layers, flags, "bits", m.views.losses, curves, whole)
 
 
 def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -233,10 +231,9 @@ def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Ite
     coarse = coarse_numbers(m.categories, m.labels)
     if coarse is None:
         return iter(())
-    whole = entropy(m.labels.astype(int), coarse)
-    contrasts = max(len(m.categories) - len(np.unique(coarse)), 1)
+    whole, contrasts = entropy(m.labels.astype(int), coarse), len(m.categories) - len(np.unique(coarse))
     curves = [bits(side.astype(float), whole, contrasts) for side in m.views.fine_losses]
-    return _bits_rows(m, n_layers, flags, "granularity", m.views.fine_losses, whole, curves)
+    return _bits_rows(m, n_layers, flags, "granularity", m.views.fine_losses, curves, whole)
 
 
 def _bits_rows(
@@ -245,27 +242,27 @@ def _bits_rows(
     flags: Sequence[str],
     measure: str,
     both: Float[np.ndarray, "model=2 layer unit"],
-    whole: float,
-    curves: Sequence[Curve],
+    read: Sequence[Curve],
+    whole: float | None,
 ) -> Iterator[dict[str, Any]]:
     """Compared as a difference, and relative to the base where that is detected."""
     losses = both.astype(float)
-    base, aligned = curves
+    base, aligned = read
     n = losses.shape[-1]
-    factor = np.stack([widened(side.value / whole, READING_FACTOR) for side in curves])
-    covariance = (
-        np.stack([np.cov(losses[:, i]) for i in range(losses.shape[1])], -1) * factor * factor[:, None] / n
-    )
+    share = np.stack([side.value / whole if whole else np.zeros_like(side.value) for side in read])
+    factor = widened(share, READING_FACTOR)
+    covariance = np.stack([np.cov(losses[:, i]) for i in range(losses.shape[1])], -1)
+    covariance *= factor * factor[:, None] / n
     ratio = fieller_ratio(base.value, aligned.value, covariance, critical_t(n - 1))
     kept = Curve(ratio.value, ratio.lower, ratio.upper)
     positive = base.lower > 0
     attenuation = Curve(*(np.where(positive, 1 - x, np.nan) for x in (kept.value, kept.upper, kept.lower)))
     if m.same_model:
         attenuation = Curve(*(np.where(positive, 0.0, x) for x in vars(attenuation).values()))
-    curves_of = {"base": base, "aligned": aligned, "difference": bits_difference(losses[0], losses[1], None if m.kind == "graded" else whole),
-                 "attenuation": attenuation}  # fmt: skip
+    difference = bits_difference(losses[0], losses[1], whole)
+    curves = {"base": base, "aligned": aligned, "difference": difference, "attenuation": attenuation}
     own = [[*([] if known else ["base_not_detected"]), *flags] for known in positive]
-    return _curve_rows(m, n_layers, measure, curves_of, own)
+    return _curve_rows(m, n_layers, measure, curves, own)
 
 
 def cosine_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
