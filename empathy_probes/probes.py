@@ -449,7 +449,10 @@ def paired_t(
     """Mean over units whose probes share scenarios, 95 % t interval widened for that (`share` as in `stats.widened`)."""
     n = values.shape[-1]
     reach = (
-        widened(np.asarray(share), READING_FACTOR) * critical_t(n - 1) * values.std(-1, ddof=1) / np.sqrt(n)
+        widened(np.broadcast_to(share, values.shape[:-1]), READING_FACTOR)
+        * critical_t(n - 1)
+        * values.std(-1, ddof=1)
+        / np.sqrt(n)
     )
     centre = values.mean(-1)
     return Curve(centre, centre - reach, centre + reach)
