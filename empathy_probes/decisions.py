@@ -443,7 +443,7 @@ def _detectable(
     """Least attenuation whose standard error, as it would be there, shows it with 80 % power; 1 where none does.
 
     Errors are larger the more is lost. With those of what was found, the attenuation named for a pair that keeps everything
-    was decided in .53-.68 of runs, and one that keeps a quarter needed more scenarios to show less (docs/simulations).
+    was decided in .55-.70 of runs, and one that keeps a quarter needed more scenarios to show less (docs/simulations).
     """
     lost = np.linspace(margin, 0.99, 179)[:, None]
     log_keep = np.broadcast_to(np.log1p(-lost), (len(lost), len(target.layers)))
