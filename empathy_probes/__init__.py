@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _MODULES = {
-    "attribution": ("Attribution", "attribute", "attribute_design", "largest_writers", "load_attribution"),
+    "attribution": ("attribute", "attribute_design"),
     "ablation": ("Ablation", "ablate"),
     "attenuation": ("Finding", "load_finding", "measure", "measure_attenuation"),
     "audit": ("Audit", "audit_concept", "audit_concepts", "audit_library"),
@@ -57,6 +57,7 @@ _MODULES = {
     "specs": ("StudySpec", "read_spec", "resolve"),
     "study": ("Study", "load_study", "run_study"),
     "vectors": ("SteeringVector", "from_position", "neutral_rms", "only_positions"),
+    "writes": ("Attribution", "largest_writers", "load_attribution"),
     "trends": ("LineageTrend", "load_trend", "measure_lineage", "trace_design"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -77,13 +78,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from empathy_probes.ablation import Ablation, ablate
     from empathy_probes.attenuation import Finding, load_finding, measure, measure_attenuation
-    from empathy_probes.attribution import (
-        Attribution,
-        attribute,
-        attribute_design,
-        largest_writers,
-        load_attribution,
-    )
+    from empathy_probes.attribution import attribute, attribute_design
     from empathy_probes.audit import Audit, audit_concept, audit_concepts, audit_library
     from empathy_probes.calibration import calibrate
     from empathy_probes.concepts import (
@@ -147,3 +142,4 @@ if TYPE_CHECKING:
     from empathy_probes.transplants import Transplants, transplant
     from empathy_probes.trends import LineageTrend, load_trend, measure_lineage, trace_design
     from empathy_probes.vectors import SteeringVector, from_position, neutral_rms, only_positions
+    from empathy_probes.writes import Attribution, largest_writers, load_attribution

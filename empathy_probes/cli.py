@@ -11,11 +11,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from empathy_probes import __version__
+from empathy_probes.arguments import build_parser
 from empathy_probes.errors import EmpathyProbesError, InputError
 
 if TYPE_CHECKING:
@@ -29,22 +29,12 @@ DEMO_NEUTRAL = 500
 MOVED = 0.1
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse without the usage block: an error is one sentence."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; run '{self.prog} --help' for what is expected")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
-        args = _parser().parse_args(argv)
+        args = build_parser().parse_args(argv)
         _configure(args)
-        return args.command(args)
+        return COMMANDS[args.command](args)
     except EmpathyProbesError as error:
         print(f"empathy-probes: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -66,195 +56,6 @@ def _configure(args: argparse.Namespace) -> None:
     level = logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("empathy_probes").setLevel(level)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="empathy-probes",
-        description="Where alignment tuning attenuates affect and relational stance inside a language model.",
-    )
-    parser.add_argument("--version", action="version", version=f"empathy-probes {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no warnings")
-    # The same after the command, where they say nothing unless they are given.
-    anywhere = _Parser(add_help=False)
-    anywhere.add_argument(
-        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
-    anywhere.add_argument(
-        "-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-
-    demo = commands.add_parser(
-        "demo", parents=[anywhere], help="a study of a shipped pair with a planted difference, offline"
-    )
-    demo.add_argument("--out", default="runs/demo", help="output folder (default %(default)s)")
-    demo.add_argument("--store", help="activation store: a folder or any fsspec URL")
-    demo.add_argument("--json", action="store_true", help="print the headlines as JSON")
-    demo.set_defaults(command=_demo)
-
-    _add_compare(commands, anywhere)
-
-    run = commands.add_parser("run", parents=[anywhere], help="a full study from a TOML file")
-    run.add_argument("study", metavar="STUDY.toml")
-    run.add_argument("--out", help="output folder; wins over the file's")
-    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    run.add_argument("--json", action="store_true", help="print the headlines (or the plan) as JSON")
-    run.set_defaults(command=_run)
-
-    report = commands.add_parser("report", parents=[anywhere], help="rebuild report.html of a saved study")
-    report.add_argument("folder", metavar="DIR")
-    report.set_defaults(command=_report)
-
-    concepts = commands.add_parser(
-        "concepts", parents=[anywhere], help="list the shipped concepts, or audit texts"
-    )
-    concepts.add_argument(
-        "action", nargs="?", choices=("audit",), metavar="audit", help="audit instead of listing; exit 3 if a check fails"
-    )  # fmt: skip
-    concepts.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME|FILE",
-        help="shipped concepts or stimuli files (default: all shipped)",
-    )
-    concepts.add_argument("--json", action="store_true", help="print rows (or audits) as JSON")
-    concepts.add_argument("--markdown", action="store_true", help="print the audit as docs/concepts.md")
-    concepts.set_defaults(command=_concepts)
-
-    lineages = commands.add_parser(
-        "lineages", parents=[anywhere], help="list known chains of checkpoints, from base to aligned"
-    )
-    lineages.add_argument("--json", action="store_true", help="print rows as JSON")
-    lineages.set_defaults(command=_lineages)
-
-    _add_phantom(commands, anywhere)
-
-    doctor = commands.add_parser(
-        "doctor",
-        parents=[anywhere],
-        help="try on a checkpoint what measurements rest on: one verdict line each",
-    )
-    doctor.add_argument("model", metavar="MODEL", help="hub id, ID@REVISION, or folder")
-    doctor.add_argument("--dtype", help="default: the checkpoint's")
-    doctor.add_argument("--device", help="default: the best there is")
-    doctor.add_argument("--json", action="store_true", help="print the verdicts as JSON")
-    doctor.set_defaults(command=_doctor)
-
-    calibrate = commands.add_parser(
-        "calibrate", parents=[anywhere], help="measure the instrument on pairs of known truth: its scorecard"
-    )
-    calibrate.add_argument(
-        "--quick", action="store_true", help="a few twins of the shipped bases: minutes, not hours"
-    )
-    calibrate.add_argument("--out", default="runs/scorecard", help="output folder (default %(default)s)")
-    calibrate.add_argument(
-        "--phantoms", metavar="DIR", help="more bases, as scripts/build_phantoms.py writes them"
-    )
-    calibrate.add_argument("--redraws", type=int, default=1000, help="per cell (default %(default)s)")
-    calibrate.add_argument("--workers", type=int, help="processes (default: one per core)")
-    calibrate.add_argument("--seed", type=int, default=0)
-    calibrate.add_argument("--json", action="store_true", help="print what was missed as JSON")
-    calibrate.set_defaults(command=_calibrate)
-
-    _add_vector(commands, anywhere)
-
-    store = commands.add_parser(
-        "store", parents=[anywhere], help="size of the activation store, or emptying it"
-    )
-    store.add_argument("action", nargs="?", choices=("info", "clear"), default="info")
-    store.add_argument("--store", help="activation store: a folder or any fsspec URL")
-    store.add_argument("--json", action="store_true", help="print as JSON")
-    store.set_defaults(command=_store)
-    return parser
-
-
-def _add_compare(commands: Any, anywhere: _Parser) -> None:
-    compare = commands.add_parser(
-        "compare",
-        parents=[anywhere],
-        help="attenuation between a base and an aligned checkpoint",
-        description="Hub ids, ID@REVISION, or folders.",
-    )
-    compare.add_argument("base", metavar="BASE")
-    compare.add_argument("aligned", metavar="ALIGNED", nargs="?", help="may be left out with --adapter")
-    many: dict[str, Any] = {"action": "append", "default": []}
-    compare.add_argument(
-        "--concepts", **many, help="shipped concepts, comma-separated (default: all targets)"
-    )
-    compare.add_argument(
-        "--stimuli",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="stimuli files of your own, or public corpora as FORMAT:PATH",
-    )
-    compare.add_argument("--controls", **many, help="names, files or FORMAT:PATH, comma-separated, or none")
-    compare.add_argument(
-        "--template", default="both", choices=("raw", "shared", "own", "both"), help="default %(default)s"
-    )
-    compare.add_argument("--sites", **many, help="comma-separated, such as resid_post,mlp_out")
-    compare.add_argument("--layers", default="all", help="all, 0,5,11 or 2-5 (block indices)")
-    compare.add_argument("--stages", **many, help="comma-separated: encode,use,express (default encode)")
-    compare.add_argument("--readout", metavar="FILE", help="JSON: what is asked, for all or per concept")
-    compare.add_argument("--margin", type=float, default=0.10, help="δ (default %(default)s)")
-    compare.add_argument("--draws", type=int, default=1000, help="multiplier draws (default %(default)s)")
-    compare.add_argument("--seed", type=int, default=0)
-    compare.add_argument("--dtype", help="for both models (default: the checkpoint's)")
-    compare.add_argument("--device", help="for both models (default: the best there is)")
-    compare.add_argument("--adapter", metavar="DIR", help="LoRA/PEFT adapter that makes the aligned side")
-    compare.add_argument("--allow-identical", action="store_true", help="accept two equal checkpoints")
-    compare.add_argument("--trust-remote-code", action="store_true")
-    compare.add_argument("--store", metavar="URL", help="activation store: a folder or any fsspec URL")
-    compare.add_argument("--out", metavar="DIR", help="default runs/<BASE>-vs-<ALIGNED>")
-    compare.add_argument("--dry-run", action="store_true", help="print the plan, memory and time, and stop")
-    compare.add_argument("--json", action="store_true", help="print the headlines (or the plan) as JSON")
-    compare.set_defaults(command=_compare)
-
-
-def _add_phantom(commands: Any, anywhere: _Parser) -> None:
-    phantom = commands.add_parser(
-        "phantom",
-        parents=[anywhere],
-        help="a twin of a checkpoint with a planted difference, to try the instrument on",
-        description="Writes DIR/base, DIR/aligned and DIR/truth.json; compare the two as you would any pair.",
-    )
-    phantom.add_argument("model", metavar="MODEL", help="hub id, or folder")
-    phantom.add_argument("--family", required=True, help="planted, erased, local, rotated, rescaled, …")
-    phantom.add_argument("--concept", help="a shipped concept")
-    phantom.add_argument("--stimuli", metavar="FILE", help="or stimuli of your own")
-    phantom.add_argument("--layer", type=int, help="0-based block (default: the middle one)")
-    phantom.add_argument("--through", type=int, help="last block of scaled_writes (default: the last one)")
-    phantom.add_argument("--keep", type=float, default=0.25, help="what is left of it (default %(default)s)")
-    phantom.add_argument("--seed", type=int, default=0)
-    phantom.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
-    phantom.add_argument("--json", action="store_true", help="print the truth as JSON")
-    phantom.set_defaults(command=_phantom)
-
-
-def _add_vector(commands: Any, anywhere: _Parser) -> None:
-    vector = commands.add_parser(
-        "vector", parents=[anywhere], help="steering vectors in other tools' formats"
-    )
-    actions = vector.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
-    convert = actions.add_parser(
-        "convert",
-        parents=[anywhere],
-        help="from one format to another",
-        description="Formats: empathy_probes (.safetensors), gguf, persona_vectors (.pt), caa (a folder of vec_layer_N.pt), "
-        "numpy (.npz or a folder of .npy), neuronpedia (.json). Layers are 0-based blocks.",
-    )
-    convert.add_argument("source", metavar="IN", help="file or folder")
-    convert.add_argument("target", metavar="OUT", help="file, or folder where a format has a file per layer")
-    convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="told by the name by default")
-    convert.add_argument("--to", dest="target_format", metavar="FORMAT", help="told by the name by default")
-    convert.add_argument(
-        "--layer", type=int, help="0-based block: the only one to keep, or where a single vector belongs"
-    )
-    convert.add_argument("--json", action="store_true", help="print what was written as JSON")
-    convert.set_defaults(command=_convert)
 
 
 def _split(values: Sequence[str], option: str) -> tuple[str, ...]:
@@ -607,3 +408,9 @@ def _store(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo, "compare": _compare, "run": _run, "report": _report, "concepts": _concepts, "lineages": _lineages,
+    "phantom": _phantom, "doctor": _doctor, "calibrate": _calibrate, "convert": _convert, "store": _store,
+}  # fmt: skip

@@ -15,7 +15,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from empathy_probes import wording
-from empathy_probes.attribution import Attribution
 from empathy_probes.attribution_plots import attribution_figure, attribution_plotly
 from empathy_probes.coupling_plots import coupling_figure, coupling_plotly
 from empathy_probes.gains import Gain
@@ -29,6 +28,7 @@ from empathy_probes.patching_plots import (
 )
 from empathy_probes.steering_plots import gain_figure
 from empathy_probes.stitching_plots import stitching_figure, stitching_plotly
+from empathy_probes.writes import Attribution
 
 QUIET = ("preserved", "generic_drift", "rotated")
 """Verdicts whose figures are folded away."""

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from empathy_probes.batches import Pool, TokenBatch, pack_tokens, pad_tokens, row_positions
+from empathy_probes.batches import Pool, TokenBatch, pad_tokens, row_positions
 from empathy_probes.checkpoints import (
     DTYPES,
     first_line,
@@ -36,6 +36,16 @@ from empathy_probes.checkpoints import (
     with_adapter,
 )
 from empathy_probes.errors import EmpathyProbesError, InputError
+from empathy_probes.hooks import (
+    Place,
+    at_positions,
+    edit_hook,
+    edit_mid_hook,
+    keep_call,
+    keep_hook,
+    read_hook,
+    repeat_rows,
+)
 from empathy_probes.interventions import Edit
 from empathy_probes.prompts import Style, render_messages, render_texts
 from empathy_probes.sites import HEADS, Site
@@ -65,16 +75,6 @@ class _Stop(Exception):
     """Ends a forward pass once the last layer that anyone needs has run."""
 
 
-@dataclass
-class _Place:
-    """Where the running forward pass stands: the one thing about a run that an edit of chosen positions must know."""
-
-    positions: Int[Tensor, "batch pos"] | None = None
-    """Counted from each row's first token, also where keys and values of earlier ones come from a cache."""
-    unedited: bool = False
-    """Edits that stay are passed over."""
-
-
 @dataclass(frozen=True)
 class Model:
     """A checkpoint that can be run."""
@@ -89,7 +89,7 @@ class Model:
     """SHA-256 over names, shapes and values of all parameters, cast to float32."""
     config: Mapping[str, Any]
     """The checkpoint's configuration, without entries that only name it."""
-    _place: _Place = field(default_factory=_Place, repr=False, compare=False)
+    _place: Place = field(default_factory=Place, repr=False, compare=False)
 
     @property
     def n_layers(self) -> int:
@@ -177,29 +177,23 @@ class Model:
     @cached_property
     def replay_refusal(self) -> str | None:
         """Why `replay` cannot be trusted for this model; None where one batch showed it equal to a forward pass."""
-        texts = [[(7 * i + 3) % self.d_vocab for i in range(length)] for length in (6, 4)]
-        batch = pad_tokens(texts, self.device)
-        last = Site(self.n_layers - 1)
-        state = Site((self.n_layers - 1) // 2 if self.n_layers > 1 else -1)
-        try:
-            with torch.inference_mode():
-                whole = self.run(batch, read=[state], capture=True)
-                again = self.replay(whole, whole.acts[state], after=state.layer, read=[last])
-                rows = torch.arange(min(3, self.d_vocab), device=self.device).expand(len(batch.ids), -1)
-                some = self.head_rows(again.acts[last][:, 0], rows)
-        except (RuntimeError, TypeError, AttributeError, LookupError, EmpathyProbesError) as error:
-            return f"continuing from block {state.layer} fails ({type(error).__name__}: {error})"
-        assert whole.logits is not None and again.logits is not None
-        real = batch.mask.bool()
-        miss = (whole.logits[real].float() - again.logits[real].float()).abs().max().item()
-        miss = max(miss, (whole.logits[:, 0, : some.shape[1]].float() - some.float()).abs().max().item())
-        scale = whole.logits[real].float().std().item()
-        tolerance = {torch.float32: 1e-4, torch.float64: 1e-6}.get(whole.logits.dtype, 3e-2) * max(
-            scale, 1e-6
-        )
-        if miss <= tolerance:
-            return None
-        return f"continuing from block {state.layer} misses the plain forward pass by {miss:.2g} logits"
+        from empathy_probes.selfchecks import replay_refusal
+
+        return replay_refusal(self)
+
+    @cached_property
+    def pack_refusal(self) -> str | None:
+        """Why two continuations cannot share a row with their prompt in this model; None where one batch showed they can."""
+        from empathy_probes.selfchecks import pack_refusal
+
+        return pack_refusal(self)
+
+    @cached_property
+    def additivity_refusal(self) -> str | None:
+        """Why the residual stream is not the sum of what embedding, heads and MLPs write; None where one batch showed it is."""
+        from empathy_probes.selfchecks import additivity_refusal
+
+        return additivity_refusal(self)
 
     def tokenize(self, texts: Sequence[str]) -> TokenBatch:
         """Token ids of plain texts, right-padded, with the special tokens the tokenizer itself adds."""
@@ -241,7 +235,7 @@ class Model:
                         "capture got a run that stops early, expected one of full depth; drop last_layer"
                     )
                 for block in self.bridge.blocks:
-                    handle = block.register_forward_pre_hook(_keeper(calls), with_kwargs=True)
+                    handle = block.register_forward_pre_hook(keep_call(calls), with_kwargs=True)
                     stack.callback(handle.remove)
             if last_layer is not None:
                 stack.callback(self._stop_after(last_layer).remove)
@@ -259,43 +253,6 @@ class Model:
         mask = torch.where(batch.visible, torch.zeros_like(hidden), hidden)[:, None]
         return {"attention_mask": mask, "position_ids": row_positions(batch)}
 
-    @cached_property
-    def pack_refusal(self) -> str | None:
-        """Why two continuations cannot share a row with their prompt in this model; None where one batch showed they can."""
-        window = self.config.get("sliding_window")
-        if window is not None and self.config.get("use_sliding_window", True):
-            return f"its attention has a window of {window} tokens"
-        prompt = [(7 * i + 3) % self.d_vocab for i in range(5)]
-        first, second = ([(5 * i + k) % self.d_vocab for i in range(2 + k)] for k in (0, 1))
-        last = Site(self.n_layers - 1)
-        batches = (
-            pack_tokens([(prompt, first, second)], self.device),
-            pad_tokens([[*prompt, *first]], self.device),
-            pad_tokens([[*prompt, *second]], self.device),
-        )
-        try:
-            with torch.inference_mode():
-                both, *alone = (
-                    self.run(batch, [last], last_layer=last.layer).acts[last][0] for batch in batches
-                )
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            LookupError,
-            EmpathyProbesError,
-        ) as error:
-            return f"running them fails ({type(error).__name__}: {error})"
-        start = len(prompt) + len(first)
-        miss = max(
-            (both[:start] - alone[0]).float().abs().max().item(),
-            (both[start:] - alone[1][len(prompt) :]).float().abs().max().item(),
-        )
-        scale = alone[0].float().std().item()
-        tolerance = {"float32": 1e-4, "float64": 1e-6}.get(self.dtype, 3e-2) * max(scale, 1e-6)
-        return None if miss <= tolerance else f"they miss what each alone gives by {miss:.2g}"
-
     def attention_output(
         self, layer: int
     ) -> tuple[Float[Tensor, "d_attn d_model"], Float[Tensor, " d_model"] | None]:
@@ -306,45 +263,6 @@ class Model:
         # torch's Linear keeps [out in], GPT-2's Conv1D [in out].
         stored = weight.T if isinstance(inner, torch.nn.Linear) else weight
         return stored, None if bias is None else bias.detach()
-
-    @cached_property
-    def additivity_refusal(self) -> str | None:
-        """Why the residual stream is not the sum of what embedding, heads and MLPs write; None where one batch showed it is.
-
-        Post-norm blocks (Gemma 2 and 3, OLMo 2) normalise what attention made of all heads before it is added: no head
-        has a write of its own there.
-        """
-        texts = [[(7 * i + 3) % self.d_vocab for i in range(length)] for length in (6, 4)]
-        batch = pad_tokens(texts, self.device)
-        real, layers = batch.mask.bool(), range(self.n_layers)
-        parts = [Site(layer, c) for layer in layers for c in ("attn_out", "mlp_out", HEADS)]
-        try:
-            with torch.inference_mode():
-                sites = [*(Site(layer) for layer in range(-1, self.n_layers)), *parts]
-                acts = {
-                    site: found[real].float()
-                    for site, found in self.run(batch, sites, last_layer=self.n_layers - 1).acts.items()
-                }
-                heads = []
-                for layer in layers:
-                    weight, bias = self.attention_output(layer)
-                    made = acts[Site(layer, HEADS)] @ weight.float()
-                    heads.append(made if bias is None else made + bias.float())
-        except (RuntimeError, TypeError, AttributeError, LookupError, EmpathyProbesError) as error:
-            return f"its components cannot be read ({type(error).__name__}: {error})"
-        tolerance = {"float32": 1e-4, "float64": 1e-4}.get(self.dtype, 3e-2)
-        for layer in layers:
-            attention, mlp = acts[Site(layer, "attn_out")], acts[Site(layer, "mlp_out")]
-            miss = _relative_miss(acts[Site(layer - 1)] + attention + mlp, acts[Site(layer)])
-            if miss > tolerance:
-                return f"what attention and MLP of block {layer} write misses what the block adds to the stream by {miss:.1%}"
-            miss = _relative_miss(heads[layer], attention)
-            if miss > tolerance:
-                return (
-                    f"the heads of block {layer} together miss what its attention writes by {miss:.0%}: they are normalised or "
-                    "scaled together before they are added"
-                )
-        return None
 
     def replay(
         self,
@@ -376,12 +294,12 @@ class Model:
         with self._hooked(read, write or {}, acts, pool):
             for layer in range(after + 1, depth + 1):
                 args, kwargs = run.calls[layer]
-                kwargs = {key: _repeat(value, captured, state.shape[0]) for key, value in kwargs.items()}
+                kwargs = {key: repeat_rows(value, captured, state.shape[0]) for key, value in kwargs.items()}
                 if "hidden_states" in kwargs:
                     out = self.bridge.blocks[layer](*args, **{**kwargs, "hidden_states": state})
                 else:
                     out = self.bridge.blocks[layer](
-                        state, *(_repeat(a, captured, state.shape[0]) for a in args[1:]), **kwargs
+                        state, *(repeat_rows(a, captured, state.shape[0]) for a in args[1:]), **kwargs
                     )
                 state = out[0] if isinstance(out, tuple) else out
         self._check_fired(read, acts)
@@ -406,7 +324,7 @@ class Model:
         self._check_sites(list(write), -1, self.n_layers - 1)
         # Counted before the edits: a place that is passed but not chosen by `where` is no edit.
         edited: set[Site] = set()
-        edits = {site: _somewhere(site, edit, where, self._place, edited) for site, edit in write.items()}
+        edits = {site: at_positions(site, edit, where, self._place, edited) for site, edit in write.items()}
         with self._following(), self._hooked((), edits, {}, None):
             yield
         silent = [site for site in write if site not in edited]
@@ -595,13 +513,13 @@ class Model:
                 # The hook sits on ln2's input: a returned tensor would miss the skip path. Attention's output
                 # reaches both, so the edit is made there: attn_out ← edit(resid_pre + attn_out) − resid_pre.
                 before: dict[str, Tensor] = {}
-                hooks.append((f"blocks.{site.layer}.hook_resid_pre", _keep(before)))
+                hooks.append((f"blocks.{site.layer}.hook_resid_pre", keep_hook(before)))
                 hooks.append(
-                    (f"blocks.{site.layer}.hook_attn_out", _edit_mid(site, write[site], before, fired))
+                    (f"blocks.{site.layer}.hook_attn_out", edit_mid_hook(site, write[site], before, fired))
                 )
             else:
-                hooks.append((site.hook_name, _edit(site, write[site], fired, self.d_head)))
-        hooks += [(site.hook_name, _read(site, acts, pool, self.d_head)) for site in read]
+                hooks.append((site.hook_name, edit_hook(site, write[site], fired, self.d_head)))
+        hooks += [(site.hook_name, read_hook(site, acts, pool, self.d_head)) for site in read]
         ran: set[int] = set()
         with self.bridge.hooks(fwd_hooks=hooks), contextlib.ExitStack() as stack:
             for block in {max(site.layer, 0) for site in write}:
@@ -615,102 +533,6 @@ class Model:
                 f"the edit at {silent[0]} never fired in '{self.name}' ({self.architecture}): this architecture has no "
                 "such place; choose another site"
             )
-
-
-def _relative_miss(got: Tensor, wanted: Tensor) -> float:
-    """Largest difference, each relative to the value wanted there and the usual size of all of them."""
-    return ((got - wanted).abs() / (wanted.abs() + wanted.std().clamp(min=1e-12))).max().item()
-
-
-def _edit(site: Site, edit: Edit, fired: set[Site], d_head: int) -> Callable[..., Tensor]:
-    def hook(tensor: Tensor, hook: Any) -> Tensor:
-        fired.add(site)
-        if site.component != HEADS:
-            return edit(tensor.clone())
-        # Some bridges give z as [batch pos head d_head], others with the heads already side by side.
-        flat = tensor.reshape(*tensor.shape[:2], -1).clone()
-        if site.head is None:
-            return edit(flat).view(tensor.shape)
-        mine = slice(site.head * d_head, (site.head + 1) * d_head)
-        flat[..., mine] = edit(flat[..., mine].clone())
-        return flat.view(tensor.shape)
-
-    return hook
-
-
-def _somewhere(
-    site: Site, edit: Edit, where: Callable[[Tensor], Tensor] | None, place: _Place, edited: set[Site]
-) -> Edit:
-    """The edit at the chosen positions of the running pass; notes that there were any."""
-
-    def there(acts: Tensor) -> Tensor:
-        if place.unedited:
-            return acts
-        if where is None:
-            edited.add(site)
-            return edit(acts)
-        if place.positions is None:
-            raise EmpathyProbesError(
-                f"the edit at {site} cannot tell positions in a run without token ids: expected a run, replay or generation; edit "
-                "all positions instead"
-            )
-        chosen = where(place.positions)
-        if not chosen.any():
-            return acts
-        edited.add(site)
-        # A replayed batch may hold the captured one several times over.
-        chosen = chosen.repeat(len(acts) // len(chosen), 1)
-        return torch.where(chosen[..., None], edit(acts), acts)
-
-    return there
-
-
-def _keep(kept: dict[str, Tensor]) -> Callable[..., None]:
-    def hook(tensor: Tensor, hook: Any) -> None:
-        kept["resid_pre"] = tensor
-
-    return hook
-
-
-def _edit_mid(site: Site, edit: Edit, kept: dict[str, Tensor], fired: set[Site]) -> Callable[..., Tensor]:
-    def hook(tensor: Tensor, hook: Any) -> Tensor:
-        fired.add(site)
-        return edit(kept["resid_pre"] + tensor) - kept["resid_pre"]
-
-    return hook
-
-
-def _read(site: Site, acts: dict[Site, Tensor], pool: Pool | None, d_head: int) -> Callable[..., None]:
-    def hook(tensor: Tensor, hook: Any) -> None:
-        if site.component == HEADS:
-            tensor = tensor.reshape(*tensor.shape[:2], -1)
-            if site.head is not None:
-                tensor = tensor[..., site.head * d_head : (site.head + 1) * d_head]
-        acts[site] = pool(tensor) if pool is not None else tensor.clone()
-
-    return hook
-
-
-def _keeper(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Callable[..., None]:
-    def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, dict(kwargs)))
-
-    return keep
-
-
-def _repeat(value: Any, captured: int, wanted: int) -> Any:
-    """Repeat a captured tensor along a batch that grew; tensors without the batch axis stay as they are."""
-    if isinstance(value, tuple):
-        return tuple(_repeat(entry, captured, wanted) for entry in value)
-    if (
-        isinstance(value, Tensor)
-        and value.ndim
-        and value.shape[0] == captured
-        and wanted != captured
-        and captured > 1
-    ):
-        return value.repeat(wanted // captured, *([1] * (value.ndim - 1)))
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------

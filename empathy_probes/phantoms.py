@@ -42,7 +42,7 @@ from empathy_probes.redraws import sample_of
 from empathy_probes.stats import critical_t
 from empathy_probes.stimuli import stimuli_from_rows
 from empathy_probes.store import open_store
-from empathy_probes.surgery import Checkpoint
+from empathy_probes.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
 _PLACES: dict[str, tuple[str | None, int | None, float | None]] = {

@@ -33,7 +33,6 @@ from empathy_probes.stimuli import stimuli_from_rows
 from empathy_probes.store import Store, open_store
 from empathy_probes.surgery import (
     Arrivals,
-    Checkpoint,
     Subspace,
     concept_subspace,
     erased,
@@ -46,6 +45,7 @@ from empathy_probes.surgery import (
     unsaid,
     widened,
 )
+from empathy_probes.weights import Checkpoint
 
 # Tokens that a block's new neurons are fitted on.
 FITTED_TOKENS = 20_000

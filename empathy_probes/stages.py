@@ -15,8 +15,7 @@ from typing import Any
 from empathy_probes import __version__
 from empathy_probes.attenuation import TYPES as FINDING_TYPES
 from empathy_probes.attenuation import Finding, measure
-from empathy_probes.attribution import TYPES as ATTRIBUTION_TYPES
-from empathy_probes.attribution import Attribution, attribute_design
+from empathy_probes.attribution import attribute_design
 from empathy_probes.design import Design, Settings, describe_design
 from empathy_probes.errors import InputError
 from empathy_probes.expression import CoupledConcept, Coupling, couple
@@ -32,6 +31,8 @@ from empathy_probes.stitching import StitchedConcept, Stitching, check_replay, s
 from empathy_probes.store import Store, digest_of
 from empathy_probes.transplants import TYPES as TRANSPLANT_TYPES
 from empathy_probes.transplants import Transplants
+from empathy_probes.writes import TYPES as ATTRIBUTION_TYPES
+from empathy_probes.writes import Attribution
 
 STAGES = ("encode", "use", "express")
 PATCHED_LAYERS = 8

@@ -16,15 +16,16 @@ PACKAGE = Path(empathy_probes.__file__).parent
 # The newcomer's map: everything on a line may import from the lines above it.
 FLOORS = (
     {"errors"},
+    {"arguments"},
     {"stats", "sites", "interventions", "store", "batches", "roles", "lineages", "pairing", "corpus_files"},
     {"goemotions"},
     {"public_data"},
-    {"kernels", "stimuli", "activations", "grammar", "results"},
-    {"prompts", "probes", "checkpoints", "coding", "concepts", "contrasts", "surgery", "alignment"},
+    {"kernels", "stimuli", "activations", "grammar", "results", "weights"},
+    {"prompts", "probes", "checkpoints", "coding", "concepts", "contrasts", "hooks", "surgery", "alignment"},
     {"models", "controls", "geometry", "nulls", "audit"},
-    {"pairs", "extraction", "decisions", "measurements", "lens", "vectors", "audit_tables"},
+    {"pairs", "extraction", "decisions", "measurements", "lens", "selfchecks", "vectors", "audit_tables"},
     {"design", "planting", "redraws", "rows"},
-    {"directions", "gains", "readouts"},
+    {"directions", "gains", "readouts", "writes"},
     {"crossings", "textpairs"},
     {"sweeps"},
     {
@@ -63,8 +64,8 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
-# Results show themselves: figures and pages are above whatever is measured.
-LATE = {("scorecard", "scorepage"), ("results", "plots"), ("results", "report")}
+# Results show themselves: figures and pages are above whatever is measured. A model is checked by running it.
+LATE = {("scorecard", "scorepage"), ("results", "plots"), ("results", "report"), ("models", "selfchecks")}
 
 
 def floor_of(module: str) -> int:

@@ -16,14 +16,7 @@ from conftest import MAKERS, WORDS, rows, stimuli, tiny_gpt2, tiny_llama, word_t
 from matplotlib.figure import Figure
 
 from empathy_probes import attribution
-from empathy_probes.attribution import (
-    ATTRIBUTION_COLUMNS,
-    Attribution,
-    Part,
-    attribute,
-    largest_writers,
-    load_attribution,
-)
+from empathy_probes.attribution import attribute
 from empathy_probes.attribution_plots import (
     attribution_figure,
     attribution_plotly,
@@ -48,6 +41,7 @@ from empathy_probes.sites import Site
 from empathy_probes.stats import grouped_folds
 from empathy_probes.stimuli import StimulusSet, stimuli_from_rows
 from empathy_probes.wording import FLAGS
+from empathy_probes.writes import ATTRIBUTION_COLUMNS, Attribution, Part, largest_writers, load_attribution
 
 NEUTRAL = [" ".join(np.random.default_rng(i).choice(WORDS, 9)) + " ." for i in range(60)]
 # What float32 leaves of a sum of some 20 terms, relative to the scores' size.

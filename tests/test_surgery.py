@@ -25,7 +25,6 @@ from empathy_probes.redraws import Sample, sample_of
 from empathy_probes.stimuli import stimuli_from_rows
 from empathy_probes.store import open_store
 from empathy_probes.surgery import (
-    Checkpoint,
     Subspace,
     concept_subspace,
     folded,
@@ -34,6 +33,7 @@ from empathy_probes.surgery import (
     scaled_writes,
     widened,
 )
+from empathy_probes.weights import Checkpoint
 
 BASES = list_bases()
 
