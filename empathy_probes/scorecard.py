@@ -152,6 +152,16 @@ def _error(case: Case) -> np.ndarray | None:
     return estimate - case.truth("attenuation")[t, layer]
 
 
+def _printed_error(case: Case) -> np.ndarray | None:
+    """The same where a point is printed."""
+    error = _error(case)
+    if error is None:
+        return None
+    t, layer = case.place
+    printed = ~np.isnan(case.outcomes.curves[:, t, layer, CURVES.index("attenuation"), 0])
+    return np.where(printed, error, np.nan)
+
+
 def _false_alarm(case: Case) -> np.ndarray:
     """Any decision about a target that nothing was planted in, at any layer where the truth is within the margin."""
     truth, o = case.truth("specific"), case.outcomes
@@ -230,6 +240,7 @@ METRICS: dict[str, Metric] = {
     "pointwise_band": Metric(_all_at_once("specific"), True, lambda c: None),
     "bias": Metric(_error, False, _when(Target(-0.03, 0.03), _keeps(0.25))),
     "rmse": Metric(lambda c: None if (e := _error(c)) is None else e**2, False, lambda c: None),
+    "bias_printed": Metric(_printed_error, False, lambda c: None),
     "false_alarm": Metric(_false_alarm, True, _always(Target(most=0.05, consistent=True))),
     "decided": Metric(
         _decided, True,
@@ -253,6 +264,7 @@ METRIC_WORDS = {
     "pointwise_band": "The same of the pointwise intervals of specific: what happens without simultaneous bands.",
     "bias": "Mean error of the estimated attenuation at the planted block, of all redraws, also of those that print a bound only.",
     "rmse": "Root mean square of the same error.",
+    "bias_printed": "Mean error where a point is printed: the fewer there are, the more they are those that chance made large.",
     "false_alarm": "Share of redraws in which anything is decided of a concept that nothing was planted in, at any block (that carries all controls) where its truth lies within the margin, with errors as large as those of fresh scenarios.",
     "decided": "Share of redraws in which the planted concept is called attenuated at the planted block, with errors as large as those of fresh scenarios.",
     "equivalent": "Share of redraws in which every target is shown equivalent at every block that carries it (pairs that compute the same).",

@@ -100,6 +100,19 @@ def test_intervals_of_redraws_hold_the_truth_and_the_planted_concept_is_decided(
     )
 
 
+def test_printed_points_are_a_selection_that_is_shown_beside_all(case: Case) -> None:
+    curves = case.outcomes.curves.copy()
+    point = curves[:, 0, 2, CURVES.index("attenuation"), 0]
+    low = point < np.median(point)
+    point[~low] = np.nan
+    found = {r.metric: r for r in score([replace(case, outcomes=replace(case.outcomes, curves=curves))])}
+    expected = point[low].mean() - case.truth("attenuation")[0, 2]
+    assert (
+        found["bias_printed"].value == pytest.approx(expected, abs=1e-5) and found["bias_printed"].met is None
+    )
+    assert found["bias_printed"].value < found["bias"].value - 0.005
+
+
 def test_intervals_that_miss_are_seen(case: Case) -> None:
     moved = case.outcomes.curves.copy()
     moved[..., CURVES.index("attenuation"), :] += 0.3
