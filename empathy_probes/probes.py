@@ -418,7 +418,9 @@ def bits(losses: Float[np.ndarray, "layer unit"], label_entropy: float, contrast
     weight = (READING_FACTOR * t) ** 2 / (n * contrasts)
     middle = centre + weight * label_entropy / 2
     found = middle**2 - (1 + weight) * centre**2
-    root = np.sqrt(np.where(found >= 0, found, np.nan))
+    # Where all texts are the same state, no scenarios would teach anything.
+    empty = np.ptp(losses, axis=-1) < 1e-12
+    root = np.sqrt(np.where((found >= 0) & ~empty, found, np.nan))
     ends = (middle - root) / (1 + weight), (middle + root) / (1 + weight)
     return Curve(centre, np.fmin(plain.lower, ends[0]), np.fmax(plain.upper, ends[1]))
 

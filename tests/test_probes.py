@@ -164,13 +164,19 @@ def test_bits_are_none_on_noise_and_never_more_than_the_label_is_worth() -> None
 
 
 def test_a_probe_that_learnt_nothing_does_not_know_that_there_is_nothing_to_learn() -> None:
-    # All losses alike: their spread says nothing about what other scenarios would have taught.
-    curve = bits(np.full((1, 40), 0.99), 1.0)
+    # All losses nearly alike: their spread says nothing about what other scenarios would have taught.
+    alike = 0.99 + np.tile([-1e-3, 1e-3], 200)[None]
+    curve = bits(alike[:, :40], 1.0)
     assert curve.value[0] == pytest.approx(0.01) and curve.upper[0] > 0.2 and curve.lower[0] < 0.001
-    assert bits(np.full((1, 400), 0.99), 1.0).upper[0] < 0.06
+    assert bits(alike, 1.0).upper[0] < 0.06
     # Four categories show three contrasts in every scenario; what a probe surely loses needs no such bound.
-    assert bits(np.full((1, 40), 1.99), 2.0, 3).upper[0] < bits(np.full((1, 40), 1.99), 2.0).upper[0]
-    harmful = bits(np.full((1, 40), 1.5) + np.linspace(-0.1, 0.1, 40), 1.0)
+    assert bits(1 + alike[:, :40], 2.0, 3).upper[0] < bits(1 + alike[:, :40], 2.0).upper[0]
+    # States that are all the same teach nothing for sure.
+    same = bits(
+        cross_fitted_losses(np.zeros((80, 1, 4)), np.tile([0, 1], 40), [str(i // 2) for i in range(80)]), 1.0
+    )
+    assert abs(np.array([same.value, same.lower, same.upper])).max() < 1e-9
+    harmful = bits(1.5 + np.linspace(-0.1, 0.1, 40)[None], 1.0)
     assert harmful.lower[0] < harmful.value[0] < harmful.upper[0] < -0.4
 
 
