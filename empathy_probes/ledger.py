@@ -320,7 +320,12 @@ def _sentence(h: Headline, settings: Settings, shown: Sequence[int] | None, alon
         )
     found = []
     if h.minimum_detectable is not None:
-        found.append(f"an attenuation of {percent(h.minimum_detectable)} would have been found")
+        least = (
+            f"an attenuation of {percent(h.minimum_detectable)}"
+            if h.minimum_detectable < 1
+            else "no attenuation"
+        )
+        found.append(f"{least} is found in four of five such runs")
     needs = [f"{h.scenarios_needed} scenarios"] if h.scenarios_needed is not None else []
     needs += [f"{h.controls_needed} controls"] if h.controls_needed is not None else []
     if needs:

@@ -241,7 +241,10 @@ def _sure(decision: str, h: Mapping[str, Any], limit: float) -> str:
              if not missing(h.get(k))]  # fmt: skip
     extra = []
     if not missing(h.get("minimum_detectable")):
-        extra.append(f"smallest attenuation this run could have shown: {number(h['minimum_detectable'])}")
+        least = float(h["minimum_detectable"])
+        extra.append(
+            f"smallest attenuation this run could have shown: {number(least) if least < 1 else 'none'}"
+        )
     if needs:
         extra.append(f"about {' or '.join(needs)} would settle it")
     return "; ".join([text.rstrip("."), *extra])

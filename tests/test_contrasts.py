@@ -286,6 +286,20 @@ def test_the_sentence_of_an_equivalence_names_the_blocks_that_few_controls_reach
     assert "±10 % (fewer than 6 controls to compare with) at any block" in alone
 
 
+def test_an_open_question_says_what_such_a_run_finds():
+    headline = Headline(
+        "valence", "target", "raw", "resid_post", "inconclusive", "specific", 1, 0.1, -0.2, 0.3, None, None, None, None,
+        50, 8, 0.2, 310, None, (), "",
+    )  # fmt: skip
+    said = _sentence(replace(headline, minimum_detectable=0.41), Settings(), None, [])
+    assert said.endswith(
+        "; an attenuation of 41 % is found in four of five such runs; about 310 scenarios would settle it."
+    )
+    assert "no attenuation is found" in _sentence(
+        replace(headline, minimum_detectable=1.0), Settings(), None, []
+    )
+
+
 def test_without_controls_attenuation_is_decided_and_flagged():
     judged = judge([concept("valence", [0.5], seed=16)], [], draws=DRAWS)[0]
     assert judged.decision == ("attenuated",) and judged.flags[0] == ("no_controls",)
