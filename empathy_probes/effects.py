@@ -28,6 +28,7 @@ from empathy_probes.patching_plots import (
 )
 from empathy_probes.steering_plots import gain_figure
 from empathy_probes.stitching_plots import stitching_figure, stitching_plotly
+from empathy_probes.transplants import Transplants
 from empathy_probes.writes import Attribution
 
 QUIET = ("preserved", "generic_drift", "rotated")
@@ -51,6 +52,16 @@ class Effect:
     detail: Callable[[Any], pd.DataFrame] | None = None
     """Of the result: what belongs to a concept and stands in no column of its table."""
     detail_words: str = ""
+
+
+def _frontiers(moved: Transplants) -> pd.DataFrame:
+    frame = moved.frontier_frame()
+    words = []
+    for low, high in zip(frame.pop("frontier_lower"), frame.pop("frontier_upper"), strict=True):
+        later = " or later, or none" if pd.isna(high) else f" to {high}" if high != low else ""
+        words.append("–" if pd.isna(low) else f"{low}{later}")
+    frame.insert(len(frame.columns) - 1, "frontier", words)
+    return frame
 
 
 EFFECTS = {
@@ -112,6 +123,8 @@ EFFECTS = {
         "share of the models' difference that a transplant after each layer brings along, both ways",
         transplant_figure,
         transplant_plotly,
+        detail=_frontiers,
+        detail_words="Frontier: the first layer after which the component repairs by more than the margin, as its 95 % set of layers.",
     ),
     "attribution": Effect(
         "Who writes it?",

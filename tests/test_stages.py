@@ -181,6 +181,7 @@ def test_the_report_shows_what_no_column_holds(notebook: tuple[ModelPair, list[A
 
     for heading in ("ed50", "tolerated", "controls", "random", "p shuffled"):
         assert f'<button type="button">{heading}</button>' in section("gain")
+    assert '<button type="button">frontier</button>' in section("transplant")
     lens = study.result("attribution").concepts[0].lens[1]
     assert f"{lens.up[0]!r} {lens.up_logits[0]:+.2f}" in section("attribution")
     assert f"{lens.down[0]!r} {lens.down_logits[0]:+.2f}" in section("attribution")
