@@ -160,7 +160,7 @@ def patch(
         sites: where; the residual stream at every layer by default. `sites_of` lists those of a component.
         positions: roles, `all` tokens, or `each` of texts of one length; the roles that the template has by default.
         direction: denoise, noise or both.
-        window: patch each site in so many neighbouring blocks at once.
+        window: patch each site in so many neighbouring blocks at once; sites from which they would end beyond the model are left out.
         template: raw, or chat: the model's own chat template.
 
     Raises:

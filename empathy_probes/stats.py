@@ -328,16 +328,27 @@ def _leave_one_out(
     up, down = _placements(scores, labels)
     positive = labels == 1
     p, q = up.shape[-1], down.shape[-1]
-    names, unit = np.unique([str(group) for group in groups], return_inverse=True)
+    unit = np.unique([str(group) for group in groups], return_inverse=True)[1]
+    n_units = int(unit.max()) + 1
+    ones, one = _slots(unit[positive], n_units)
+    zeros, zero = _slots(unit[~positive], n_units)
+    mine, others = scores[..., positive][..., ones], scores[..., ~positive][..., zeros]
+    own = (np.sign(mine[..., :, None] - others[..., None, :]) / 2 + 0.5) * one[:, :, None] * zero[:, None, :]
+    lost = (up[..., ones] * one).sum(-1) * q + (down[..., zeros] * zero).sum(-1) * p - own.sum((-2, -1))
     wins = up.sum(axis=-1) * q
-    left_out = np.empty((*wins.shape, len(names)))
-    for s in range(len(names)):
-        a, b = unit[positive] == s, unit[~positive] == s
-        mine, others = scores[..., positive][..., a], scores[..., ~positive][..., b]
-        both = np.sign(mine[..., :, None] - others[..., None, :]) / 2 + 0.5
-        lost = up[..., a].sum(-1) * q + down[..., b].sum(-1) * p - both.sum((-2, -1))
-        left_out[..., s] = (wins - lost) / ((p - a.sum()) * (q - b.sum()))
+    left_out = (wins[..., None] - lost) / ((p - one.sum(-1)) * (q - zero.sum(-1)))
     return _Jackknife(wins / (p * q), left_out)
+
+
+def _slots(
+    unit: Int[np.ndarray, " n"], n_units: int
+) -> tuple[Int[np.ndarray, "unit most"], Bool[np.ndarray, "unit most"]]:
+    """Where each unit's items stand, filled up to the most that a unit has, and which places are not filling."""
+    counts = np.bincount(unit, minlength=n_units)
+    real = np.arange(counts.max()) < counts[:, None]
+    places = np.zeros(real.shape, int)
+    places[real] = np.argsort(unit, kind="stable")
+    return places, real
 
 
 def _correlations(
