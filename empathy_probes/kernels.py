@@ -47,11 +47,11 @@ def _check_kernel(kernel: Float[np.ndarray, "... n n"]) -> int:
 
 
 def _without_diagonal(
-    kernels: Float[np.ndarray, "kernel *batch n n"],
+    kernels: Float[np.ndarray, "kernel *batch n n"], *, copy: bool = True
 ) -> Float[np.ndarray, "kernel *batch n n"]:
-    """A copy whose diagonal is 0: only pairs of different units count."""
+    """The same with 0 on the diagonal: only pairs of different units count."""
     n = _check_kernel(kernels)
-    off = kernels.astype(float)
+    off = kernels.astype(float, copy=copy)
     off[..., range(n), range(n)] = 0
     return off
 
@@ -189,7 +189,7 @@ def pair_kernels(
             f"the kernels have shapes {base.shape} and {aligned.shape}, expected equal ones: "
             "compute both models on the same scenarios and layers"
         )
-    off = _without_diagonal(np.stack([base, aligned]))
+    off = _without_diagonal(np.stack([base, aligned]), copy=False)
     u, influence, zeta1, zeta2 = _hoeffding(off)
     # Two empty layers (a last token that all texts share) say nothing about two different models.
     identical = (base == aligned).all(axis=(-2, -1)) & (same_model | (base != 0).any(axis=(-2, -1)))
