@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Num
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import logsumexp
 
-from empathy_probes.stats import Curve, critical_t, grouped_folds, widened
+from empathy_probes.stats import Curve, critical_t, grouped_folds, mean_interval, widened
 
 N_FOLDS = 5
 # An interval over scenarios that takes the probes as given is too narrow by up to this: all probes were fitted on the same few
@@ -449,12 +449,6 @@ def paired_t(
     values: Float[np.ndarray, "layer unit"], share: Float[np.ndarray, " layer"] | float = 0.0
 ) -> Curve:
     """Mean over units whose probes share scenarios, 95 % t interval widened for that (`share` as in `stats.widened`)."""
-    n = values.shape[-1]
-    reach = (
-        widened(np.broadcast_to(share, values.shape[:-1]), READING_FACTOR)
-        * critical_t(n - 1)
-        * values.std(-1, ddof=1)
-        / np.sqrt(n)
-    )
-    centre = values.mean(-1)
-    return Curve(centre, centre - reach, centre + reach)
+    plain = mean_interval(values)
+    reach = widened(np.broadcast_to(share, plain.value.shape), READING_FACTOR) * (plain.upper - plain.value)
+    return Curve(plain.value, plain.value - reach, plain.value + reach)

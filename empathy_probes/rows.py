@@ -219,11 +219,9 @@ def separation_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iter
 def bits_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What a probe extracts about the label."""
     if m.kind == "graded":
-        curves = [grade_bits(side.astype(float), grade_entropy(m.labels)) for side in m.views.losses]
-        return _bits_rows(m, n_layers, flags, "bits", m.views.losses, curves, None)
+        return _bits_rows(m, n_layers, flags, "bits", m.views.losses, grade_entropy(m.labels), None)
     whole, contrasts = entropy(m.labels.astype(int)), max(len(m.categories), 2) - 1
-    curves = [bits(side.astype(float), whole, contrasts) for side in m.views.losses]
-    return _bits_rows(m, n_layers, flags, "bits", m.views.losses, curves, whole)
+    return _bits_rows(m, n_layers, flags, "bits", m.views.losses, whole, contrasts)
 
 
 def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -232,8 +230,7 @@ def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Ite
     if coarse is None:
         return iter(())
     whole, contrasts = entropy(m.labels.astype(int), coarse), len(m.categories) - len(np.unique(coarse))
-    curves = [bits(side.astype(float), whole, contrasts) for side in m.views.fine_losses]
-    return _bits_rows(m, n_layers, flags, "granularity", m.views.fine_losses, curves, whole)
+    return _bits_rows(m, n_layers, flags, "granularity", m.views.fine_losses, whole, contrasts)
 
 
 def _bits_rows(
@@ -242,14 +239,19 @@ def _bits_rows(
     flags: Sequence[str],
     measure: str,
     both: Float[np.ndarray, "model=2 layer unit"],
-    read: Sequence[Curve],
-    whole: float | None,
+    whole: float,
+    contrasts: int | None,
 ) -> Iterator[dict[str, Any]]:
-    """Compared as a difference, and relative to the base where that is detected."""
+    """Compared as a difference, and relative to the base where that is detected; `contrasts` are None of grades."""
     losses = both.astype(float)
-    base, aligned = read
     n = losses.shape[-1]
-    share = np.stack([side.value / whole if whole else np.zeros_like(side.value) for side in read])
+    if contrasts is None:
+        base, aligned = (grade_bits(side, whole) for side in losses)
+        share, difference = np.zeros(losses.shape[:2]), bits_difference(losses[0], losses[1])
+    else:
+        base, aligned = (bits(side, whole, contrasts) for side in losses)
+        share = np.stack([base.value, aligned.value]) / whole
+        difference = bits_difference(losses[0], losses[1], whole)
     factor = widened(share, READING_FACTOR)
     covariance = np.stack([np.cov(losses[:, i]) for i in range(losses.shape[1])], -1)
     covariance *= factor * factor[:, None] / n
@@ -259,7 +261,6 @@ def _bits_rows(
     attenuation = Curve(*(np.where(positive, 1 - x, np.nan) for x in (kept.value, kept.upper, kept.lower)))
     if m.same_model:
         attenuation = Curve(*(np.where(positive, 0.0, x) for x in vars(attenuation).values()))
-    difference = bits_difference(losses[0], losses[1], whole)
     curves = {"base": base, "aligned": aligned, "difference": difference, "attenuation": attenuation}
     own = [[*([] if known else ["base_not_detected"]), *flags] for known in positive]
     return _curve_rows(m, n_layers, measure, curves, own)
