@@ -20,6 +20,7 @@ from empathy_probes.kernels import (
     fieller,
     is_strong,
     log_ratio,
+    middle_theta,
     pair_kernels,
     strength_difference,
     strength_interval,
@@ -149,7 +150,8 @@ def compare(
     ratio = log_ratio(pair)
     local = _linearise(pair, low, high)
     at_least = weak & (low == 0)
-    point = np.where(form == "blank", np.nan, np.where(at_least, np.nan, ratio.theta))
+    point = np.where(weak, middle_theta(pair), ratio.theta)
+    point = np.where((form == "blank") | at_least, np.nan, point)
     with np.errstate(divide="ignore"):
         ends = [np.where(form == "blank", np.nan, np.log(x)) for x in (low, high)]
     usable = pair.identical | strong

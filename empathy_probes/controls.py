@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from empathy_probes.contrasts import Contrast
-from empathy_probes.kernels import deviation, fieller, variance_at
+from empathy_probes.kernels import deviation, fieller, fieller_sets, variance_at
 from empathy_probes.stats import as_normal, critical_t, unit_normals, unit_signs, upper_t
 
 
@@ -170,30 +170,30 @@ def fieller_logs(
 class Gap:
     """How far a target's log keep lies from a supposed one, and how uncertain that is."""
 
-    value: Float[np.ndarray, " layer"]
-    own: Float[np.ndarray, " layer"]
+    value: Float[np.ndarray, "*#batch layer"]
+    own: Float[np.ndarray, "*#batch layer"]
     """Variance from the target's scenarios."""
-    reference: Float[np.ndarray, " layer"]
+    reference: Float[np.ndarray, "*#batch layer"]
     """Variance of the controls' mean; 0 without controls."""
-    covariance: Float[np.ndarray, " layer"]
-    df: Float[np.ndarray, " layer"]
+    covariance: Float[np.ndarray, "*#batch layer"]
+    df: Float[np.ndarray, "*#batch layer"]
     """Satterthwaite's degrees of freedom."""
 
     @property
-    def se(self) -> Float[np.ndarray, " layer"]:
+    def se(self) -> Float[np.ndarray, "*#batch layer"]:
         """Standard error of the gap."""
         both = self.own + self.reference
         # Shared scenarios cannot remove more than nearly all of it; the floor guards against rounding.
         return np.sqrt(np.maximum(both - 2 * self.covariance, 1e-3 * both))
 
     @property
-    def t(self) -> Float[np.ndarray, " layer"]:
+    def t(self) -> Float[np.ndarray, "*#batch layer"]:
         """value / se; exactly 0 for no gap."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(self.value == 0, 0.0, self.value / self.se)
 
     @property
-    def z(self) -> Float[np.ndarray, " layer"]:
+    def z(self) -> Float[np.ndarray, "*#batch layer"]:
         """t as a normal deviate of equal probability."""
         return as_normal(self.t, self.df)
 
@@ -201,8 +201,8 @@ class Gap:
 def gap_to(
     target: Contrast,
     reference: Reference | None,
-    log_keep: Float[np.ndarray, " layer"] | float,
-    extra: Float[np.ndarray, " layer"] | float = 0.0,
+    log_keep: Float[np.ndarray, "*#batch layer"] | float,
+    extra: Float[np.ndarray, "*#batch layer"] | float = 0.0,
 ) -> Gap:
     """Gap between the target's log keep and the controls' mean (0 without controls) + `log_keep`.
 
@@ -226,7 +226,7 @@ def gap_to(
     at_log = np.where(target.has_form("log"), 0.5 * (on_aligned / u[1] - on_base / u[0]), 0.0)
     covariance = np.where(weak, (on_aligned - square * on_base) / scale, at_log)
     scatter = own**2 / (target.n - 1) + others**2 / few
-    df = np.divide((own + others) ** 2, scatter, out=np.full_like(own, target.n - 1), where=scatter > 0)
+    df = np.divide((own + others) ** 2, scatter, out=np.full_like(scatter, target.n - 1), where=scatter > 0)
     return Gap(value, own, others, covariance, np.where(np.isnan(scatter), target.n - 1.0, df))
 
 
@@ -265,44 +265,45 @@ def mean_covariances(
     return base, aligned
 
 
-def specific_interval(
+def specific_intervals(
     target: Contrast,
     reference: Reference,
-    tail: float,
-    prediction: bool = False,
-) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
-    """Ends of theta_T - mean at two-sided error `tail`, -inf where nothing need be kept; NaN where undefined.
+    tails: Sequence[float],
+    predicted: Sequence[bool],
+) -> tuple[Float[np.ndarray, "tail layer"], Float[np.ndarray, "tail layer"]]:
+    """Ends of theta_T - mean at these two-sided errors, -inf where nothing need be kept; NaN where undefined.
 
-    With `prediction` the variance is that of one more control around the mean, with t(k - 1).
+    Where `predicted`, the variance is that of one more control around the mean, with t(k - 1). All at once, because where
+    signals are weak each set is a search.
     """
     pool = reference.pool
-    extra = pool.tau2 if prediction else np.zeros_like(pool.tau2)
+    half, new = np.array(tails)[:, None] / 2, np.array(predicted)[:, None]
+    extra = np.where(new, pool.tau2, 0.0)
     gap = gap_to(target, reference, 0.0, extra)
     few = np.maximum(pool.count - 1, 1)
-    critical = upper_t(tail / 2, few if prediction else gap.df)
+    critical = upper_t(half, np.where(new, few, gap.df))
     low, high = gap.value - critical * gap.se, gap.value + critical * gap.se
     weak = target.has_form("fieller")
     if weak.any():
         spread = np.sqrt(pool.variance + extra)
-        ends = _combine(target, reference, spread, tail, upper_t(tail / 2, few))
+        ends = _combine(target, reference, spread, upper_t(half, target.n - 1), upper_t(half, few))
         low, high = np.where(weak, ends[0], low), np.where(weak, ends[1], high)
     blank = target.has_form("blank")
     return np.where(blank, np.nan, low), np.where(blank, np.nan, high)
 
 
 def _combine(
-    target: Contrast, reference: Reference, spread: np.ndarray, tail: float, critical: np.ndarray
+    target: Contrast, reference: Reference, spread: np.ndarray, own_critical: np.ndarray, critical: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fieller set of the target and normal error of the mean, projected on theta_T - mean.
+    """Fieller set of the target and normal error of the mean, projected on theta_T - mean; all [tail layer].
 
     The pair (lambda, mean) is compatible when z1^2 + z2^2 <= 1, with z1 the target's statistic at lambda and z2
     the mean's, each divided by its own critical value (t(n - 1), t(k - 1)); the ends are the extremes of
     log(lambda) / 2 - mean over that region. A correlation tilts the region.
     """
     pair, mean = target.pair, reference.pool.mean
-    own_critical = float(upper_t(tail / 2, target.n - 1))
-    low, high = fieller(pair, own_critical)
-    steps = np.linspace(0, 1, 257)[:, None]
+    low, high = fieller_sets(pair, own_critical)
+    steps = np.linspace(0, 1, 257)[:, None, None]
     keep = low + (np.where(np.isfinite(high), high, low) - low) * steps
     square = keep**2
     there = deviation(pair, -square, np.ones_like(square))

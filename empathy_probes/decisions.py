@@ -9,6 +9,7 @@ specific, outside the band in which one more control would fall.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -30,7 +31,7 @@ from empathy_probes.controls import (
     error_at,
     gap_to,
     mean_errors,
-    specific_interval,
+    specific_intervals,
 )
 from empathy_probes.errors import InputError
 from empathy_probes.stats import (
@@ -159,9 +160,21 @@ def judge_controls(
 
 @dataclass(frozen=True)
 class _Family:
+    """Draws of all cells that are judged together."""
+
     attenuation: np.ndarray
     specific: np.ndarray
     prediction: np.ndarray
+
+    @cached_property
+    def critical(self) -> float:
+        """Of attenuation's band."""
+        return largest_quantile(self.attenuation)
+
+    @cached_property
+    def tails(self) -> tuple[float, float]:
+        """Local errors of the bands of `specific` and of its prediction."""
+        return _tail(self.specific), _tail(self.prediction)
 
 
 @dataclass(frozen=True)
@@ -246,10 +259,29 @@ class _Headline:
     critical: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Sets:
+    """Ends of log keep relative to the controls' mean."""
+
+    pointwise: tuple[np.ndarray, np.ndarray]
+    band: tuple[np.ndarray, np.ndarray]
+    narrow: tuple[np.ndarray, np.ndarray]
+    """Pointwise 90 %, for equivalence."""
+    prediction: tuple[np.ndarray, np.ndarray]
+    """Band for one more control."""
+
+
+def _specific_sets(target: Contrast, reference: Reference, family: _Family) -> _Sets:
+    band, prediction = family.tails
+    tails = (1 - LEVEL, band, 0.10, prediction)
+    low, high = specific_intervals(target, reference, tails, (False, False, False, True))
+    return _Sets(*zip(low, high, strict=True))
+
+
 def _attenuation_headline(view: _View, family: _Family) -> _Headline:
     target = view.target
     # Never narrower than the pointwise interval, whatever the draws say.
-    critical = max(float(critical_t(target.n - 1)), largest_quantile(family.attenuation))
+    critical = max(float(critical_t(target.n - 1)), family.critical)
     low, high = keep_interval(target, critical)
     narrow = keep_interval(target, float(critical_t(target.n - 1, 0.90)))
     p = adjusted_p(family.attenuation, gap_to(target, None, 0.0).t)
@@ -267,14 +299,11 @@ def _tail(draws: np.ndarray) -> float:
     return min(1 - LEVEL, 2 * float(special.ndtr(-largest_quantile(draws))))
 
 
-def _specific_headline(view: _View, reference: Reference, family: _Family) -> _Headline:
-    target = view.target
-    tail = _tail(family.specific)
-    low, high = specific_interval(target, reference, tail)
-    narrow = specific_interval(target, reference, 0.10)
-    gap = gap_to(target, reference, 0.0)
+def _specific_headline(view: _View, reference: Reference, family: _Family, sets: _Sets) -> _Headline:
+    gap = gap_to(view.target, reference, 0.0)
+    value = view.target.theta - reference.pool.mean
     p = adjusted_p(family.specific, gap.z)
-    return _Headline(target.theta - reference.pool.mean, low, high, *narrow, p, upper_t(tail / 2, gap.df))
+    return _Headline(value, *sets.band, *sets.narrow, p, upper_t(family.tails[0] / 2, gap.df))
 
 
 def _merge(enough: np.ndarray, specific: _Headline, attenuation: _Headline) -> _Headline:
@@ -293,14 +322,14 @@ def _judge_one(
     if reference is not None:
         pool = reference.pool
         count, lost, tau = pool.count, reference.lost, np.sqrt(pool.tau2)
-        ends = specific_interval(target, reference, 1 - LEVEL)
-        specific = attenuation_curve(target.theta - pool.mean, *ends)
-        prediction, beyond = _prediction(target, reference, _tail(family.prediction))
-        outside = beyond | ~enough
+        sets = _specific_sets(target, reference, family)
+        specific = attenuation_curve(target.theta - pool.mean, *sets.pointwise)
+        prediction = _prediction(target, reference, family.tails[1])
+        outside = (sets.prediction[0] > 0) | (sets.prediction[1] < 0) | ~enough
     if reference is None or not enough.any():
         headline = _attenuation_headline(view, family)
     else:
-        headline = _specific_headline(view, reference, family)
+        headline = _specific_headline(view, reference, family, sets)
         if not enough.all():
             headline = _merge(enough, headline, _attenuation_headline(view, family))
 
@@ -339,13 +368,12 @@ def _judge_one(
     )
 
 
-def _prediction(target: Contrast, reference: Reference, tail: float) -> tuple[Curve, np.ndarray]:
-    """Band of `specific` for one more control measured like this target, and where the target lies outside it."""
+def _prediction(target: Contrast, reference: Reference, tail: float) -> Curve:
+    """Band of `specific` for one more control measured like this target."""
     pool = reference.pool
     critical = upper_t(tail / 2, np.maximum(pool.count - 1, 1))
     reach = critical * gap_to(target, reference, 0.0, pool.tau2).se
-    low, high = specific_interval(target, reference, tail, prediction=True)
-    return attenuation_curve(reach * 0, -reach, reach), (low > 0) | (high < 0)
+    return attenuation_curve(reach * 0, -reach, reach)
 
 
 def _locate(view: _View, reference: Reference | None) -> tuple[LayerSet, LayerSet, LayerSet]:
@@ -412,12 +440,12 @@ def _needs(
     scenarios there are; where that leaves less than half of the variance allowed, more controls are asked for.
     """
     n = target.n
-    lower, upper = (_gap(target, reference, enough, np.log(1 + s * margin)) for s in (-1, 1))
-    inner = [_gap(target, reference, enough, np.log(1 + s * limit)) for s in (-1, 1)]
-    own, others = lower.own, lower.reference
+    edges = [np.full_like(limit, 1 - margin), np.full_like(limit, 1 + margin), 1 - limit, 1 + limit]
+    gap = _gap(target, reference, enough, np.log(np.stack(edges)))
+    own, others = gap.own[0], gap.reference
 
-    show = np.maximum(-lower.value, upper.value) / (critical + POWER)
-    equate = np.minimum(inner[0].value, -inner[1].value) / (-special.ndtri(0.05) + POWER)
+    show = np.maximum(-gap.value[0], gap.value[1]) / (critical + POWER)
+    equate = np.minimum(gap.value[2], -gap.value[3]) / (-special.ndtri(0.05) + POWER)
     target_se = np.maximum(show, equate)
     allowed = np.where(target_se > 0, target_se, np.nan) ** 2
     fixed = np.zeros_like(own)
@@ -458,10 +486,8 @@ def _detectable(
     return np.where(~target.has_form("blank") & (target.base.lower > 0), value, np.nan)
 
 
-def _gap(
-    target: Contrast, reference: Reference | None, enough: np.ndarray, log_keep: np.ndarray | float
-) -> Gap:
-    """Gap of the headline quantity to this log keep."""
+def _gap(target: Contrast, reference: Reference | None, enough: np.ndarray, log_keep: np.ndarray) -> Gap:
+    """Gap of the headline quantity to each log keep [edge layer]."""
     plain = gap_to(target, None, log_keep)
     if reference is None:
         return plain

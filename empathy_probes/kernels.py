@@ -117,7 +117,9 @@ def strength_kernels(
         norms: mean squared norm of each unit's texts.
         shares: of all texts that are the unit's; equal ones by default.
     """
-    return cross_kernels(differences, differences, norms, norms, shares)
+    scaled, excess = _in_rms(differences, norms, shares)
+    # Times its transpose, which it is: BLAS then computes one half only.
+    return _with_rms_error(scaled @ np.swapaxes(scaled, -1, -2), 2 * excess)
 
 
 def cross_kernels(
@@ -128,19 +130,33 @@ def cross_kernels(
     shares: Float[np.ndarray, " unit"] | None = None,
 ) -> Float[np.ndarray, "layer unit unit"]:
     """The same of two models, <D_base,s, D_aligned,t> in units of each one's rms; arguments as in `strength_kernels`."""
-    n = len(base)
+    (one, first), (other, second) = (
+        _in_rms(vectors, norms, shares) for vectors, norms in ((base, base_norms), (aligned, aligned_norms))
+    )
+    return _with_rms_error(one @ np.swapaxes(other, -1, -2), first + second)
+
+
+def _in_rms(
+    vectors: Float[np.ndarray, "unit layer d_model"],
+    norms: Float[np.ndarray, "unit layer"],
+    shares: Float[np.ndarray, " unit"] | None,
+) -> tuple[Float[np.ndarray, "layer unit d_model"], Float[np.ndarray, "layer unit"]]:
+    """Vectors in units of the rms, and half of each unit's excess in the mean square."""
+    n = len(vectors)
     weight = np.full(n, 1 / n) if shares is None else shares
-    excess = np.zeros((base.shape[1], n))
-    scaled = []
-    for vectors, norms in ((base, base_norms), (aligned, aligned_norms)):
-        q = norms.astype(float).T
-        mean = (q * weight).sum(-1)
-        # Scaling n x d numbers rather than n x n ones: kernels are most of what a scorecard computes.
-        scaled.append(np.moveaxis(vectors.astype(float), 1, 0) / np.sqrt(mean)[:, None, None])
-        excess += n * weight * (q / mean[:, None] - 1) / 2
-    kernel = scaled[0] @ np.swapaxes(scaled[1], -1, -2)
+    q = norms.astype(float).T
+    mean = (q * weight).sum(-1)
+    # Scaling n x d numbers rather than n x n ones: kernels are most of what a scorecard computes.
+    scaled = np.moveaxis(vectors.astype(float), 1, 0) / np.sqrt(mean)[:, None, None]
+    return scaled, n * weight * (q / mean[:, None] - 1) / 2
+
+
+def _with_rms_error(
+    kernel: Float[np.ndarray, "layer unit unit"], excess: Float[np.ndarray, "layer unit"]
+) -> Float[np.ndarray, "layer unit unit"]:
+    n = kernel.shape[-1]
     u = (kernel.sum((-2, -1)) - np.trace(kernel, axis1=-2, axis2=-1)) / (n * (n - 1))
-    excess *= u[:, None] / 2
+    excess = excess * u[:, None] / 2
     kernel -= excess[:, :, None]
     kernel -= excess[:, None, :]
     return kernel
@@ -204,7 +220,7 @@ def _triangles(off: Float[np.ndarray, "model=2 *batch n n"]) -> Float[np.ndarray
     centred -= rows[..., None, :]
     centred[..., range(n), range(n)] = 0
     base, aligned = centred
-    # Times its transpose, which it is: BLAS then computes one half only.
+    # Times their transposes, as in `strength_kernels`.
     two_base, two_aligned = (kernel @ np.swapaxes(kernel, -1, -2) for kernel in (base, aligned))
     chains = ((two_base, base), (two_base, aligned), (two_aligned, base), (two_aligned, aligned))
     return np.stack([np.einsum("...st,...st->...", x, y) for x, y in chains]) / (n * (n - 1) * (n - 2))
@@ -236,6 +252,11 @@ class Deviation:
     """If the supposed value is true."""
     skewness: Float[np.ndarray, "..."]
     """Likewise, as of Gaussian scenarios."""
+
+    @property
+    def below_mean(self) -> Float[np.ndarray, "..."]:
+        """How far the median of the combination lies below its mean (Cornish and Fisher's first term)."""
+        return self.skewness * np.sqrt(self.variance) / 6
 
     def beyond(self, critical: Float[np.ndarray, "..."] | float, n: int) -> Float[np.ndarray, "..."]:
         """Standard errors divided by their critical value: within -1 and 1 unless the supposed value is rejected.
@@ -320,6 +341,21 @@ def variance_at(pair: KernelPair, keep: Float[np.ndarray, "*#batch"]) -> Float[n
     return _variance(zeta1, zeta2, pair.n)
 
 
+def middle_theta(pair: KernelPair) -> Float[np.ndarray, "..."]:
+    """log keep in the middle of what is compatible with a weak signal: where the test's statistic is at its median.
+
+    A U-statistic of a weak signal is right-skewed, its median lies below its mean: more than half of all samples show too
+    little, and the root counts those most. At 40 scenarios of pairs that keep a quarter, the plain ratio has a median error
+    of the attenuation of .025 and a mean one of .043; this one .009 and .028, at 100 scenarios .000 and .001, at a smaller
+    rmse (docs/simulations). -inf where nothing is left; only meant where the base is detected.
+    """
+    base = np.where(pair.u[0] > 0, pair.u[0], 1.0)
+    here = np.maximum(pair.u[1], 0) / base
+    there = deviation(pair, -here, np.ones_like(here))
+    with np.errstate(divide="ignore"):
+        return np.asarray(0.5 * np.log(np.maximum(pair.u[1] + there.below_mean, 0) / base))
+
+
 def fieller(
     pair: KernelPair, critical: Float[np.ndarray, "..."] | float
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
@@ -329,7 +365,17 @@ def fieller(
     inf: the base is not detected. Both NaN: the set is empty (the aligned U is negative beyond chance).
     Identical kernels give exactly (1, 1).
     """
-    return _keep_ends(pair, *_members(pair, (_ratios(pair),), critical)[0])
+    lower, upper = fieller_sets(pair, np.asarray(critical)[None])
+    return lower[0], upper[0]
+
+
+def fieller_sets(
+    pair: KernelPair, criticals: Float[np.ndarray, "set ..."]
+) -> tuple[Float[np.ndarray, "set ..."], Float[np.ndarray, "set ..."]]:
+    """The same at several critical values, in one search."""
+    found = _members(pair, [_ratios(pair)] * len(criticals), criticals)
+    lower, upper = zip(*(_keep_ends(pair, *ends) for ends in found), strict=True)
+    return np.stack(lower), np.stack(upper)
 
 
 @dataclass(frozen=True)
@@ -405,7 +451,8 @@ def is_strong(pair: KernelPair) -> Bool[np.ndarray, "model=2 *batch"]:
 def strength_interval(pair: KernelPair) -> tuple[Curve, Curve]:
     """Strength sqrt(max(U, 0)) of (base, aligned) with its 95 % interval.
 
-    Where a signal is strong, U +- t se under the root; elsewhere all values of U, from 0 on, that are not rejected.
+    Where a signal is strong, U +- t se under the root; elsewhere all values of U, from 0 on, that are not rejected, around the
+    one at which the test's statistic is at its median (see `middle_theta`).
     """
     t = float(critical_t(pair.n - 1))
     strong = is_strong(pair)
@@ -415,8 +462,9 @@ def strength_interval(pair: KernelPair) -> tuple[Curve, Curve]:
         u, reach = pair.u[model], t * pair.se[model]
         # Where U is negative beyond chance nothing is accepted, and 0 is all that is left.
         weak = (np.fmax(x, 0) * lines[model].supposed for x in found)
-        ends = (np.where(strong[model], a, b) for a, b in zip((u - reach, u + reach), weak, strict=True))
-        curves.append(Curve(*(np.sqrt(np.maximum(x, 0)) for x in (u, *ends))))
+        there = deviation(pair, 1.0 - model, float(model), np.maximum(u, 0))
+        found = ((u, u + there.below_mean), *zip((u - reach, u + reach), weak, strict=True))
+        curves.append(Curve(*(np.sqrt(np.maximum(np.where(strong[model], a, b), 0)) for a, b in found)))
     return curves[0], curves[1]
 
 

@@ -16,7 +16,7 @@ from empathy_probes.controls import (
     gap_to,
     mean_covariances,
     pool_controls,
-    specific_interval,
+    specific_intervals,
 )
 from empathy_probes.decisions import judge, judge_controls
 from empathy_probes.design import Settings
@@ -362,7 +362,9 @@ def test_the_two_forms_of_specific_agree_where_the_target_is_strong(together: bo
     target = concept("valence", [0.7], seed=20, trace=0.3, **options)
     reference = build_reference(pool_of([0.9], trace=0.3, **options))
     weak = Contrast(**{**vars(target), "form": ("fieller",)})
-    strong_ends, weak_ends = (np.array(specific_interval(t, reference, 0.05)) for t in (target, weak))
+    strong_ends, weak_ends = (
+        np.array(specific_intervals(t, reference, (0.05,), (False,))) for t in (target, weak)
+    )
     # t(n-1) and t(k-1) apart instead of Satterthwaite's between them: the weak form is a little wider.
     width = np.diff(strong_ends, axis=0)
     assert (abs(strong_ends - weak_ends) < 0.12 * width).all()
@@ -380,7 +382,10 @@ def test_what_target_and_controls_share_does_not_count_as_error_of_their_differe
     elsewhere = Contrast(**{**vars(target), "keys": tuple(f"t/{i}" for i in range(80))})
     for form in ("log", "fieller"):
         near, far = (
-            np.diff(specific_interval(Contrast(**{**vars(t), "form": (form,)}), copies, 0.05), axis=0)
+            np.diff(
+                specific_intervals(Contrast(**{**vars(t), "form": (form,)}), copies, (0.05,), (False,)),
+                axis=0,
+            )
             for t in (target, elsewhere)
         )
         assert near[0, 0] < 0.5 * far[0, 0]
