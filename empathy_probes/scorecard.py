@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -142,24 +142,24 @@ def _referred(case: Case) -> Bool[np.ndarray, " layer"]:
 
 
 def _error(case: Case) -> np.ndarray | None:
-    """Error of 1 - strength(aligned)/strength(base), also where only a bound is printed: else the rest is a selection."""
-    if case.concept is None:
+    """Error of the estimated attenuation; of that of the strengths where only a bound is printed: else the rest is a selection."""
+    printed = _printed_error(case)
+    if printed is None:
         return None
     t, layer = case.place
     base, aligned = (case.outcomes.curves[:, t, layer, CURVES.index(name), 0] for name in ("base", "aligned"))
     with np.errstate(divide="ignore", invalid="ignore"):
-        estimate = np.where(base > 0, 1 - aligned / base, np.nan)
-    return estimate - case.truth("attenuation")[t, layer]
+        unprinted = np.where(base > 0, 1 - aligned / base, np.nan) - case.truth("attenuation")[t, layer]
+    return np.where(np.isnan(printed), unprinted, printed)
 
 
 def _printed_error(case: Case) -> np.ndarray | None:
     """The same where a point is printed."""
-    error = _error(case)
-    if error is None:
+    if case.concept is None:
         return None
     t, layer = case.place
-    printed = ~np.isnan(case.outcomes.curves[:, t, layer, CURVES.index("attenuation"), 0])
-    return np.where(printed, error, np.nan)
+    point = case.outcomes.curves[:, t, layer, CURVES.index("attenuation"), 0]
+    return np.asarray(point - case.truth("attenuation")[t, layer])
 
 
 def _false_alarm(case: Case) -> np.ndarray:
@@ -249,7 +249,8 @@ METRICS: dict[str, Metric] = {
     "equivalent": Metric(_equivalent, True, _always(Target(0.95))),
     "onset_contains": Metric(lambda c: (o := _onset(c)) and o[0], True, _always(Target(0.95))),
     "onset_size": Metric(lambda c: (o := _onset(c)) and o[1], False, _when(Target(most=3), _planted_at(100))),
-    "two_sided": Metric(_two_sided, True, _when(Target(0.95), _keeps(0.5))),
+    # Judged over all cells together, in `score`.
+    "two_sided": Metric(_two_sided, True, lambda c: None),
     "minimum_detectable": Metric(_detectable, False, _when(Target(most=0.30), _planted_at(100))),
 }  # fmt: skip
 
@@ -270,7 +271,7 @@ METRIC_WORDS = {
     "equivalent": "Share of redraws in which every target is shown equivalent at every block that carries it (pairs that compute the same).",
     "onset_contains": "Share of redraws whose onset set holds the block where the truth first exceeds the margin.",
     "onset_size": "Mean number of blocks in the onset set, of six.",
-    "two_sided": "Share of redraws whose interval of attenuation has both ends.",
+    "two_sided": "Share of redraws whose interval of attenuation has both ends; judged over all cells of an n that keep half or more.",
     "minimum_detectable": "Mean smallest attenuation that a run of this size would decide with 80 % power.",
     "says_<question>": "Share of redraws of a whole study with all stages in which encode, use, express, gain, the verdict or the frontier of a transplant is what was planted.",
     "verdict_<word>": "Share of the same redraws in which the ledger gives this verdict.",
@@ -412,7 +413,19 @@ def score(cases: Sequence[Case]) -> tuple[Row, ...]:
                 estimate = Estimate(roots[0], roots[1], roots[2], estimate.n)
             target = metric.target(members[0])
             rows.append(_row(family, architecture, concept, n, name, estimate, target))
-    return tuple(rows)
+    return (*rows, *_two_sided_rows(cases))
+
+
+def _two_sided_rows(cases: Sequence[Case]) -> Iterator[Row]:
+    """How many attenuations have two ends, of all pairs that keep half and more: one faint concept is a matter of power."""
+    keeps = _keeps(0.5)
+    for n in sorted({case.outcomes.n for case in cases}):
+        parts = [_two_sided(case) for case in cases if case.outcomes.n == n and keeps(case)]
+        entries = [part for part in parts if part is not None]
+        if entries:
+            yield proportion_row(
+                "planted ≥ 0.5", "all", "", n, "two_sided", np.concatenate(entries), Target(0.95)
+            )
 
 
 def proportion_row(

@@ -113,6 +113,21 @@ def test_printed_points_are_a_selection_that_is_shown_beside_all(case: Case) -> 
     assert found["bias_printed"].value < found["bias"].value - 0.005
 
 
+def test_both_ends_are_asked_of_all_pairs_that_keep_half_together(case: Case) -> None:
+    ends = case.outcomes.curves.copy()
+    ends[..., CURVES.index("attenuation"), 1:] = [0.4, 0.7]
+    whole = replace(case, keep=0.6, outcomes=replace(case.outcomes, curves=ends))
+    half = ends.copy()
+    half[: len(half) // 2, ..., CURVES.index("attenuation"), 2] = 1
+    faint = replace(whole, concept="distance", outcomes=replace(case.outcomes, curves=half))
+    little = replace(faint, keep=0.3)
+    rows = [row for row in score([whole, faint, little]) if row.metric == "two_sided"]
+    assert {row.concept: row.value for row in rows} == {"valence": 1, "distance": 0.5, "": 0.75}
+    assert [row.met for row in rows if row.architecture == "all"] == [False]
+    assert all(row.met is None for row in rows if row.architecture != "all")
+    assert next(r for r in score([whole]) if r.architecture == "all").met
+
+
 def test_intervals_that_miss_are_seen(case: Case) -> None:
     moved = case.outcomes.curves.copy()
     moved[..., CURVES.index("attenuation"), :] += 0.3

@@ -13,6 +13,7 @@ from empathy_probes.kernels import (
     deviation,
     fieller,
     log_ratio,
+    middle_theta,
     pair_kernels,
     strength_difference,
     strength_interval,
@@ -253,6 +254,28 @@ def test_the_keep_of_a_weak_signal_is_neither_too_sure_nor_too_vague(keep: float
     aligned[..., 0] = keep * base[..., 0]
     low, high = fieller(pair_kernels(*(x @ np.swapaxes(x, -1, -2) for x in (base, aligned))), 2.02)
     assert 0.92 <= ((low <= keep) & (keep <= high)).mean() <= 0.985
+
+
+def test_the_point_of_a_weak_signal_is_in_the_middle_and_not_too_low():
+    """The plain ratio of a right-skewed U and its root overstate what is lost."""
+    rng, keep = np.random.default_rng(22), 0.25
+    # A few directions hold most of the noise, as in residual streams.
+    scale = 1 / np.sqrt(np.arange(1, 31))
+    base = rng.standard_normal((1500, 40, 30)) * scale
+    aligned = 0.8 * base + 0.6 * rng.standard_normal(base.shape) * scale
+    base[..., 3] += 0.7
+    aligned[..., 3] += 0.7 * keep
+    pair = pair_kernels(*(x @ np.swapaxes(x, -1, -2) for x in (base, aligned)))
+    plain = np.sqrt(np.maximum(pair.u[1], 0) / pair.u[0])
+    middle = np.exp(middle_theta(pair))
+    strength = strength_interval(pair)[1].value / 0.7
+    # A mean of 1,500 has a standard error of .004.
+    assert plain.mean() < keep - 0.03
+    for found in (middle, strength):
+        assert abs(found.mean() - keep) < 0.02 and abs(np.median(found) - keep) < 0.02
+        assert ((found - keep) ** 2).mean() < ((plain - keep) ** 2).mean()
+    low, high = fieller(pair, 2.02)
+    assert ((low <= middle) & (middle <= high)).all()
 
 
 def test_a_skewed_tail_is_longer_and_never_shorter_than_students():

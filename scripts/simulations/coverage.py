@@ -29,6 +29,7 @@ from empathy_probes.kernels import (
     fieller,
     is_strong,
     log_ratio,
+    middle_theta,
     pair_kernels,
     strength_difference,
     strength_interval,
@@ -208,6 +209,34 @@ def ratio_cell(rng: np.random.Generator, replicates: int, setting: dict, batch: 
         strong = c["strong"] & shown
         bias = float(np.median(c["theta"][strong])) if strong.sum() > 30 else np.nan
         yield Cell("ratio", name, "median_bias_theta_log_form", 0, int(strong.sum()), bias)
+
+
+def point_cell(
+    rng: np.random.Generator, replicates: int, n: int, trace: float, keep: float, batch: int = 50
+) -> Iterator[Cell]:
+    """Error of the attenuation's point where the aligned signal is weak and the base detected, and of its strength."""
+    errors: dict[str, list[np.ndarray]] = {}
+    for start in range(0, replicates, batch):
+        size = min(batch, replicates - start)
+        pair = pair_kernels(*(gram(x) for x in simulate_pair(rng, size, n, trace, keep, 1.0, False)))
+        strengths = strength_interval(pair)
+        shown = (strengths[0].lower > 0) & ~is_strong(pair).all(axis=0)
+        plain = np.maximum(pair.u[:, shown], 0)
+        for name, error in {
+            "plain_ratio": keep - np.sqrt(plain[1] / plain[0]),
+            "middle": keep - np.exp(middle_theta(pair)[shown]),
+            "plain_strength": np.sqrt(plain[1]) - keep,
+            "strength": strengths[1].value[shown] - keep,
+        }.items():
+            errors.setdefault(name, []).append(error)
+    cell = f"n={n},trace={trace},keep={keep}"
+    for name, parts in errors.items():
+        error = np.concatenate(parts)
+        if error.size > replicates / 10:
+            for metric, value in (
+                ("mean", error.mean()), ("median", np.median(error)), ("rmse", np.sqrt((error**2).mean()))
+            ):  # fmt: skip
+                yield Cell("point", cell, f"{name}_{metric}_error", 0, error.size, float(value))
 
 
 RATIO_GRID = [
@@ -516,6 +545,14 @@ def tables(replicates: int, quick: bool) -> dict[str, list[Callable[[np.random.G
                 [(100, 2.0, 1.0)] if quick else product((40, 100, 300), (2.0, 8.0), (1.0, 0.75, 0.5, 0.25))
             )
         ],
+        "point": [
+            partial(point_cell, replicates=replicates, n=n, trace=trace, keep=keep)
+            for n, trace, keep in (
+                [(40, 8.0, 0.25)]
+                if quick
+                else product((40, 100, 300), (2.0, 8.0, 20.0), (0.5, 0.25, 0.1, 0.0))
+            )
+        ],
     }
 
 
@@ -529,7 +566,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few cells only")
     parser.add_argument("--out", type=Path, help="also write the table to this CSV file")
     parser.add_argument(
-        "--tables", nargs="+", choices=["ratio", "auroc", "band", "specific", "power"], help="only these"
+        "--tables",
+        nargs="+",
+        choices=["ratio", "auroc", "band", "specific", "power", "point"],
+        help="only these",
     )
     options = parser.parse_args()
     rows = []
