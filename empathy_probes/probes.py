@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 from scipy.linalg import cho_factor, cho_solve
-from scipy.special import logsumexp
 
 from empathy_probes.stats import Curve, critical_t, grouped_folds, mean_interval, widened
 
@@ -357,7 +356,7 @@ def _logits(
 def _cross_entropy(
     logits: Float[np.ndarray, "*batch n m"], classes: Float[np.ndarray, "n m"]
 ) -> Float[np.ndarray, "*batch n"]:
-    return np.asarray(logsumexp(logits, -1) - (logits * classes).sum(-1))
+    return np.asarray(np.logaddexp.reduce(logits, -1) - (logits * classes).sum(-1))
 
 
 def _fit_platt(
@@ -373,7 +372,7 @@ def _fit_platt(
     prior = np.diag([1.0, *[1e-6] * m])
     for _ in range(20):
         logits = _logits(scores, theta[..., 0], theta[..., 1:], allowed)
-        p = np.exp(logits - logsumexp(logits, -1, keepdims=True))
+        p = np.exp(logits - np.logaddexp.reduce(logits, -1, keepdims=True))
         slack = p - classes
         gradient = np.concatenate([factor * (slack * scores).sum((-2, -1))[..., None], slack.sum(-2)], -1)
         mean = (p * scores).sum(-1, keepdims=True)
