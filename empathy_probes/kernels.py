@@ -366,14 +366,22 @@ def middle_theta(pair: KernelPair) -> Float[np.ndarray, "..."]:
 
     A U-statistic of a weak signal is right-skewed, its median lies below its mean: more than half of all samples show too
     little, and the root counts those most. At 40 scenarios of a quarter kept the plain ratio's attenuation is .047 too
-    large on average and .029 in the median, this one's .010 and -.010, with a smaller rmse; where nothing at all is left it
-    is the worse one (docs/simulations). -inf where it is 0; only meant where the base is detected.
+    large on average and .029 in the median, this one's .011 and -.009, with a smaller rmse; where nothing at all is left it
+    is the worse one (docs/simulations). -inf where it is 0, NaN where the base is not detected.
     """
-    base = np.where(pair.u[0] > 0, pair.u[0], 1.0)
-    here = np.maximum(pair.u[1], 0) / base
-    there = deviation(pair, -here, np.ones_like(here))
+    detected = pair.u[0] > pair.se[0]
+    base = np.where(detected, pair.u[0], 1.0)
+    square = np.where(detected, np.maximum(pair.u[1], 0) / base, np.nan)
+    # The shift hardly depends on the ratio where the base is detected: each step leaves less than a quarter of the error. The
+    # root itself is the same for both orders of the models.
+    for _ in range(40):
+        before = square
+        there = deviation(pair, -square, np.ones_like(square))
+        square = np.maximum(pair.u[1] + there.below_mean, 0) / base
+        if np.allclose(square, before, rtol=1e-10, atol=1e-12, equal_nan=True):
+            break
     with np.errstate(divide="ignore"):
-        return np.asarray(0.5 * np.log(np.maximum(pair.u[1] + there.below_mean, 0) / base))
+        return np.asarray(0.5 * np.log(square))
 
 
 def fieller(
