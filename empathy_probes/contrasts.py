@@ -48,7 +48,7 @@ class Contrast:
     attenuation: Curve
     """1 - keep; blank value and upper end 1 where only a lower bound exists (flag `at_least`)."""
     theta: Float[np.ndarray, " layer"]
-    """log keep."""
+    """log keep; of a weak signal the middle of what its test allows."""
     se: Float[np.ndarray, " layer"]
     """Of theta; in the Fieller form the local one, in the middle of the set."""
     influence: Float[np.ndarray, "layer n"]

@@ -208,11 +208,10 @@ def pair_kernels(
             "compute both models on the same scenarios and layers"
         )
     n, batch = _check_kernel(base), base.shape[:-2]
-    flat = [kernels.reshape(-1, n, n) for kernels in (base, aligned)]
+    one, other = (kernels.reshape(-1, n, n) for kernels in (base, aligned))
     size = max(1, BLOCK // n**2)
     parts = [
-        _reduce(*(kernels[i : i + size] for kernels in flat), same_model)
-        for i in range(0, max(len(flat[0]), 1), size)
+        _reduce(one[i : i + size], other[i : i + size], same_model) for i in range(0, max(len(one), 1), size)
     ]
     u, zeta1, zeta2, triangles, identical = (
         whole.reshape(*whole.shape[:-1], *batch)
@@ -310,8 +309,9 @@ def deviation(
     value = np.asarray(on_base * pair.u[0] + on_aligned * pair.u[1] - supposed)
     zeta1, zeta2 = (_combined(z, on_base, on_aligned) for z in (pair.zeta1, pair.zeta2))
     zeta2 = np.maximum(zeta2, 0)
-    weights = (on_base**3, 3 * on_base**2 * on_aligned, 3 * on_base * on_aligned**2, on_aligned**3)
-    triangles = sum(w * x for w, x in zip(weights, pair.triangles, strict=True))
+    none, one, two, three = pair.triangles
+    triangles = on_base**2 * (on_base * none + 3 * on_aligned * one)
+    triangles += on_aligned**2 * (3 * on_base * two + on_aligned * three)
     beta = np.divide(triangles, zeta2, out=np.zeros_like(zeta2), where=zeta2 > 0)
     second = 2 * zeta2 / (n * (n - 1))
     first = 4 * np.maximum(zeta1 - beta * value, 0) / n
@@ -320,7 +320,9 @@ def deviation(
     first = 4 * np.maximum(zeta1 - beta * value, 0) / n
     variance = first + second
     third = beta / n * (6 * first + 4 * second)
-    skewness = np.divide(third, variance**1.5, out=np.zeros_like(third), where=variance > 0)
+    # Multiplied out: a power that is no square takes numpy as long as all the rest.
+    size = variance * np.sqrt(variance)
+    skewness = np.divide(third, size, out=np.zeros_like(third), where=variance > 0)
     return Deviation(value, variance, skewness)
 
 
@@ -491,8 +493,8 @@ def strength_interval(pair: KernelPair) -> tuple[Curve, Curve]:
         # Where U is negative beyond chance nothing is accepted, and 0 is all that is left.
         weak = (np.fmax(x, 0) * lines[model].supposed for x in found)
         there = deviation(pair, 1.0 - model, float(model), np.maximum(u, 0))
-        found = ((u, u + there.below_mean), *zip((u - reach, u + reach), weak, strict=True))
-        curves.append(Curve(*(np.sqrt(np.maximum(np.where(strong[model], a, b), 0)) for a, b in found)))
+        squares = ((u, u + there.below_mean), *zip((u - reach, u + reach), weak, strict=True))
+        curves.append(Curve(*(np.sqrt(np.maximum(np.where(strong[model], a, b), 0)) for a, b in squares)))
     return curves[0], curves[1]
 
 

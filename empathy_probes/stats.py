@@ -75,7 +75,8 @@ def skewed_critical(
     error = 2 * special.stdtr(degrees, -np.asarray(critical, dtype=float))
     z, stretch = -special.ndtri(error), critical / -special.ndtri(error / 2)
     g = np.clip(skewness, 1e-6, np.sqrt(8))
-    return np.asarray(np.maximum(critical, stretch * 2 / g * ((1 + g * z / 6 - g**2 / 36) ** 3 - 1)))
+    root = 1 + g * z / 6 - g**2 / 36
+    return np.asarray(np.maximum(critical, stretch * 2 / g * (root**2 * root - 1)))
 
 
 def hull_of_members(
