@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -310,7 +311,7 @@ def exhibit(
     layer = pair.base.n_layers // 2 if twin.layer is None else twin.layer
     seed = options.seed + POPULATION_SEED
     names = (twin.concept or TARGETS[0],)
-    concept = load_phantom_concepts(options.population, seed, options.nuisance, options.doubt, names)[0][0]
+    concept = _concepts(options.population, seed, options.nuisance, options.doubt, names)[0][0]
     neutral = neutral_set(neutral_texts(NEUTRAL_POPULATION, seed), concept)
     base, aligned = (
         [_acts(model, asked, (layer,), twin.key, kept) for asked in (concept, neutral)]
@@ -318,6 +319,10 @@ def exhibit(
     )
     texts, others = zip(base, aligned, strict=True)
     return Exhibit(concept, texts, others, pair.identical)
+
+
+# Most twins of a run read the same texts.
+_concepts = lru_cache(maxsize=8)(load_phantom_concepts)
 
 
 def _acts(
@@ -348,13 +353,11 @@ def population(
     first = twin.concept or TARGETS[0]
     # Where both models compute the same, truth is exact and nothing is gained by drawing from more.
     many = options.others if twin.family in EXACT else options.population
-    targets, controls = load_phantom_concepts(
+    targets, controls = _concepts(
         options.others, options.seed + POPULATION_SEED, options.nuisance, options.doubt
     )
     if many > options.others:
-        more = load_phantom_concepts(
-            many, options.seed + POPULATION_SEED, options.nuisance, options.doubt, (first,)
-        )
+        more = _concepts(many, options.seed + POPULATION_SEED, options.nuisance, options.doubt, (first,))
         targets = tuple(more[0][0] if concept.name == first else concept for concept in targets)
     samples = []
     for concept in (*targets, *controls):
