@@ -372,22 +372,32 @@ def _covariance(first: _Jackknife, second: _Jackknife) -> Float[np.ndarray, "...
     return (n - 1) / n * (a * b).sum(axis=-1) + (first.value - 0.5) * (second.value - 0.5) / n**2
 
 
-def _area_curve(jackknife: _Jackknife, widen: float) -> Curve:
-    value, n = jackknife.value, jackknife.left_out.shape[-1]
+def _area_reach(jackknife: _Jackknife, widen: float) -> Float[np.ndarray, "..."]:
+    """Half of a 95 % interval, on the area's own scale."""
+    n = jackknife.left_out.shape[-1]
     reach = critical_t(n - 1) * np.sqrt(_covariance(jackknife, jackknife))
-    reach *= widened((2 * value - 1) ** 2, widen)
-    shrunk = (n * value + 0.5) / (n + 1)
+    return np.asarray(reach * widened((2 * jackknife.value - 1) ** 2, widen))
 
-    def end(centre: np.ndarray, sign: int) -> np.ndarray:
-        inside = (centre > 0) & (centre < 1)
-        x = np.where(inside, centre, 0.5)
-        moved = distributions.logistic.cdf(distributions.logistic.ppf(x) + sign * reach / (x * (1 - x)))
-        return np.where(inside, moved, centre)
 
-    # Shrinking keeps the end towards chance honest at 0 and 1; at the other end it would cut off the truth.
-    high = value >= 0.5
-    lower = np.where(high, end(shrunk, -1), end(value, -1))
-    upper = np.where(high, end(value, 1), end(shrunk, 1))
+def _area_at(
+    jackknife: _Jackknife, reach: Float[np.ndarray, "..."], arm: Float[np.ndarray, "..."] | float
+) -> Float[np.ndarray, "..."]:
+    """The area `arm` times the reach away, which is taken on the logit scale.
+
+    On the way towards chance the start moves to a value shrunk by one imaginary scenario: that keeps the end honest at 0 and 1;
+    at the other end it would cut off the truth.
+    """
+    value, n = jackknife.value, jackknife.left_out.shape[-1]
+    towards = np.clip(np.where(value >= 0.5, -1, 1) * arm, 0, 1)
+    start = value + ((n * value + 0.5) / (n + 1) - value) * towards
+    inside = (start > 0) & (start < 1)
+    x = np.where(inside, start, 0.5)
+    return np.where(inside, special.expit(special.logit(x) + arm * reach / (x * (1 - x))), start)
+
+
+def _area_curve(jackknife: _Jackknife, widen: float) -> Curve:
+    value, reach = jackknife.value, _area_reach(jackknife, widen)
+    lower, upper = (_area_at(jackknife, reach, arm) for arm in (-1.0, 1.0))
     return Curve(value, np.fmin(lower, value), np.fmax(upper, value))
 
 
@@ -401,7 +411,6 @@ def auroc_interval(
 
     So much at chance; scores that sort everything depend on nothing else (`widened`).
     The ends lie on the logit scale, where the error near the ceiling is closer to normal than on the AUROC's own.
-    The end towards chance starts from a value shrunk by one imaginary scenario at chance, so that it is finite at 1.
     """
     return _area_curve(_leave_one_out(scores, labels, groups), widen)
 
@@ -413,13 +422,28 @@ def auroc_difference(
     groups: Sequence[str],
     widen: float = 1.0,
 ) -> Curve:
-    """AUROC(aligned) - AUROC(base) on the same items, 95 % interval recovered from the two single ones (MOVER)."""
+    """AUROC(aligned) - AUROC(base) on the same items with a 95 % interval: its range over both errors together.
+
+    Each area moves along its own skewed interval, as far as a difference needs it (the ellipse whose sides are those intervals).
+    Recovered from the ends of the two alone (MOVER), the longer arm towards chance stays even where two models move as
+    one: intervals .039 wide of two all but equal models at AUROC .9 with 60 scenarios, now .008 (docs/simulations).
+    """
     axes = tuple(range(-labels.ndim, 0))
     same = (base == aligned).all(axes)
-    a, b = (_leave_one_out(scores, labels, groups) for scores in (base, aligned))
-    product = np.sqrt(_covariance(a, a) * _covariance(b, b))
-    correlated = np.divide(_covariance(a, b), product, out=np.zeros_like(product), where=product > 0)
-    return mover_difference(_area_curve(a, widen), _area_curve(b, widen), correlated, same)
+    pair = [_leave_one_out(scores, labels, groups) for scores in (base, aligned)]
+    n = pair[0].left_out.shape[-1]
+    # At the ceiling nothing varies, and the imaginary scenario may be another one in each model.
+    imaginary = [((x.value - 0.5) / n) ** 2 for x in pair]
+    own = [np.maximum(_covariance(x, x) - i, i) for x, i in zip(pair, imaginary, strict=True)]
+    both = _covariance(*pair) - (pair[0].value - 0.5) * (pair[1].value - 0.5) / n**2
+    size = np.sqrt(own[0] * own[1])
+    r = np.clip(np.divide(both, size, out=np.zeros_like(size), where=size > 0), -1, 1)
+    turn = np.linspace(0, 2 * np.pi, 129).reshape(-1, *[1] * r.ndim)
+    arms = np.cos(turn) + 0 * r, r * np.cos(turn) + np.sqrt(1 - r**2) * np.sin(turn)
+    ends = [_area_at(x, _area_reach(x, widen), arm) for x, arm in zip(pair, arms, strict=True)]
+    found, difference = ends[1] - ends[0], pair[1].value - pair[0].value
+    lower, upper = np.fmin(found.min(0), difference), np.fmax(found.max(0), difference)
+    return Curve(*(np.where(same, 0.0, x) for x in (difference, lower, upper)))
 
 
 def correlation_interval(
@@ -455,21 +479,6 @@ def _jackknife_reach(left_out: Float[np.ndarray, "... unit"]) -> Float[np.ndarra
     n = left_out.shape[-1]
     spread = left_out - left_out.mean(axis=-1, keepdims=True)
     return critical_t(n - 1) * np.sqrt((n - 1) / n * (spread**2).sum(axis=-1))
-
-
-def mover_difference(
-    base: Curve, aligned: Curve, correlation: Float[np.ndarray, "..."], identical: Bool[np.ndarray, "..."]
-) -> Curve:
-    """aligned - base from two intervals and the correlation of their estimates (Zou & Donner's MOVER)."""
-    r = np.clip(correlation, -1, 1)
-    difference = aligned.value - base.value
-
-    def reach(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.sqrt(np.maximum(x**2 + y**2 - 2 * r * x * y, 0))
-
-    lower = difference - reach(aligned.value - aligned.lower, base.upper - base.value)
-    upper = difference + reach(aligned.upper - aligned.value, base.value - base.lower)
-    return Curve(*(np.where(identical, 0.0, x) for x in (difference, lower, upper)))
 
 
 def auroc_attenuation(

@@ -447,6 +447,22 @@ def test_equal_scores_differ_by_exactly_nothing():
         np.testing.assert_array_equal([curve.value, curve.lower, curve.upper], 0)
 
 
+def test_the_difference_of_two_models_that_move_as_one_is_known_well_and_covers():
+    rng = np.random.default_rng(12)
+    n, replicates = 40, 400
+    labels, groups = np.tile([0, 1], n), [f"s{i}" for i in range(n) for _ in range(2)]
+    base, fresh = rng.standard_normal((2, replicates, 2 * n))
+    one = base + 1.7 * labels
+    curves = {noise: auroc_difference(one, one + noise * fresh, labels, groups) for noise in (0.05, 0.5)}
+    single = auroc_interval(one, labels, groups)
+    assert np.mean(curves[0.05].upper - curves[0.05].lower) < 0.2 * np.mean(single.upper - single.lower)
+    for noise, curve in curves.items():
+        truth = distributions.norm.cdf(1.7 / np.sqrt(2 * (1 + noise**2))) - distributions.norm.cdf(
+            1.7 / np.sqrt(2)
+        )
+        assert ((curve.lower <= truth) & (truth <= curve.upper)).mean() >= 0.93, noise
+
+
 def test_two_different_perfect_scores_are_not_called_equal_beyond_doubt():
     scores, labels, groups = scored(6, 50.0)
     curve = auroc_difference(scores[:1], scores[1:], labels, groups)

@@ -509,6 +509,14 @@ def auroc_cell(rng: np.random.Generator, replicates: int, n: int, area: float) -
     yield share("auroc", cell, "interval", (curve.lower <= area) & (area <= curve.upper))
     yield share("auroc", cell, "difference", (gap.lower <= 0) & (gap.upper >= 0))
     yield Cell("auroc", cell, "mean_width", 0, replicates, float((curve.upper - curve.lower).mean()))
+    # Two models that are all but the same: a .05 of the spread apart in every score.
+    near = auroc_difference(
+        scores[0], scores[0] + 0.05 * rng.standard_normal(scores[0].shape), labels, groups
+    )
+    lost = norm.cdf(shift / np.sqrt(2 + 0.05**2)) - area
+    yield share("auroc", cell, "difference_near", (near.lower <= lost) & (lost <= near.upper))
+    yield Cell("auroc", cell, "mean_width_near", 0, replicates, float((near.upper - near.lower).mean()))
+    yield Cell("auroc", cell, "spread_near", 0, replicates, float(near.value.std()))
 
 
 # ---------------------------------------------------------------- command line
