@@ -362,20 +362,26 @@ def _correlations(
 
 
 def _covariance(first: _Jackknife, second: _Jackknife) -> Float[np.ndarray, "..."]:
-    """Jackknife covariance, with one imaginary scenario at chance added.
+    """Jackknife covariance."""
+    n = first.left_out.shape[-1]
+    a, b = (x.left_out - x.left_out.mean(axis=-1, keepdims=True) for x in (first, second))
+    return np.asarray((n - 1) / n * (a * b).sum(axis=-1))
+
+
+def _imaginary(first: _Jackknife, second: _Jackknife) -> Float[np.ndarray, "..."]:
+    """What one imaginary scenario at chance adds to the covariance.
 
     At AUROC 1 no scenario can move the estimate and the plain jackknife says "no error"; the imaginary one says
     "not more than about 3.6/n below 1", the rule of three. At 0.5 it adds nothing.
     """
-    n = first.left_out.shape[-1]
-    a, b = (x.left_out - x.left_out.mean(axis=-1, keepdims=True) for x in (first, second))
-    return (n - 1) / n * (a * b).sum(axis=-1) + (first.value - 0.5) * (second.value - 0.5) / n**2
+    return (first.value - 0.5) * (second.value - 0.5) / first.left_out.shape[-1] ** 2
 
 
 def _area_reach(jackknife: _Jackknife, widen: float) -> Float[np.ndarray, "..."]:
     """Half of a 95 % interval, on the area's own scale."""
     n = jackknife.left_out.shape[-1]
-    reach = critical_t(n - 1) * np.sqrt(_covariance(jackknife, jackknife))
+    variance = _covariance(jackknife, jackknife) + _imaginary(jackknife, jackknife)
+    reach = critical_t(n - 1) * np.sqrt(variance)
     return np.asarray(reach * widened((2 * jackknife.value - 1) ** 2, widen))
 
 
@@ -431,15 +437,12 @@ def auroc_difference(
     axes = tuple(range(-labels.ndim, 0))
     same = (base == aligned).all(axes)
     pair = [_leave_one_out(scores, labels, groups) for scores in (base, aligned)]
-    n = pair[0].left_out.shape[-1]
     # At the ceiling nothing varies, and the imaginary scenario may be another one in each model.
-    imaginary = [((x.value - 0.5) / n) ** 2 for x in pair]
-    own = [np.maximum(_covariance(x, x) - i, i) for x, i in zip(pair, imaginary, strict=True)]
-    both = _covariance(*pair) - (pair[0].value - 0.5) * (pair[1].value - 0.5) / n**2
+    own = [np.maximum(_covariance(x, x), _imaginary(x, x)) for x in pair]
     size = np.sqrt(own[0] * own[1])
-    r = np.clip(np.divide(both, size, out=np.zeros_like(size), where=size > 0), -1, 1)
+    r = np.clip(np.divide(_covariance(*pair), size, out=np.zeros_like(size), where=size > 0), -1, 1)
     turn = np.linspace(0, 2 * np.pi, 129).reshape(-1, *[1] * r.ndim)
-    arms = np.cos(turn) + 0 * r, r * np.cos(turn) + np.sqrt(1 - r**2) * np.sin(turn)
+    arms = np.cos(turn), r * np.cos(turn) + np.sqrt(1 - r**2) * np.sin(turn)
     ends = [_area_at(x, _area_reach(x, widen), arm) for x, arm in zip(pair, arms, strict=True)]
     found, difference = ends[1] - ends[0], pair[1].value - pair[0].value
     lower, upper = np.fmin(found.min(0), difference), np.fmax(found.max(0), difference)
@@ -503,7 +506,7 @@ def auroc_attenuation(
         * widened((2 * area - 1) ** 2, widen)
     )
     cells = [
-        [_covariance(a, b) * slope[i] * slope[j] for j, b in enumerate(jackknives)]
+        [(_covariance(a, b) + _imaginary(a, b)) * slope[i] * slope[j] for j, b in enumerate(jackknives)]
         for i, a in enumerate(jackknives)
     ]
     ratio = fieller_ratio(d_prime(area[0]), d_prime(area[1]), np.array(cells), critical_t(n - 1))
