@@ -1,9 +1,9 @@
 """What every effect between two models shares: how much is kept at each layer, with intervals and flags.
 
-Method. At each layer theta = log(U_aligned / U_base) / 2, attenuation = 1 - exp(theta), and its interval is the set of keeps
-that the test of U_aligned = keep^2 U_base does not reject (Fieller). Where both signals are strong ("log") theta has a
-standard error as well, which comparisons with controls are made of; where one is weak ("fieller") the set
-may reach keep 0: then only "at least so much is attenuated" can be said. Without a detected base signal there is
+Method. At each layer theta = log(U_aligned / U_base) / 2 and attenuation = 1 - exp(theta). Where both signals are strong
+("log") its interval is that of theta with its standard error, of which comparisons with controls are made as well. Where
+one is weak ("fieller") it is the set of keeps that the test of U_aligned = keep^2 U_base does not reject (Fieller); the
+set may reach keep 0: then only "at least so much is attenuated" can be said. Without a detected base signal there is
 nothing to compare (blank). Equal kernels are exactly unchanged ("identical"). Units are scenarios.
 """
 
@@ -17,8 +17,8 @@ from empathy_probes.errors import InputError
 from empathy_probes.kernels import (
     KernelPair,
     deviation,
-    fieller,
     is_strong,
+    keep_interval,
     log_ratio,
     middle_theta,
     pair_kernels,
@@ -142,18 +142,17 @@ def compare(
     detected = base.lower > 0
     # The base counts too: a ratio over a weak base is as skewed as one of a weak aligned signal.
     strong = is_strong(pair).all(axis=0) & ~pair.identical
-    low, high = fieller(pair, t)
+    low, high = keep_interval(pair, t)
     incompatible = ~pair.identical & ~strong & detected & np.isnan(low)
     weak = ~pair.identical & ~strong & detected & ~incompatible
     form = np.select([pair.identical, strong, weak], ["identical", "log", "fieller"], "blank")
 
     ratio = log_ratio(pair)
-    local = _linearise(pair, low, high)
-    at_least = weak & (low == 0)
+    local = _linearise(pair, np.exp(low), np.exp(high))
+    at_least = weak & np.isneginf(low)
     point = np.where(weak, middle_theta(pair), ratio.theta)
     point = np.where((form == "blank") | at_least, np.nan, point)
-    with np.errstate(divide="ignore"):
-        ends = [np.where(form == "blank", np.nan, np.log(x)) for x in (low, high)]
+    ends = [np.where(form == "blank", np.nan, x) for x in (low, high)]
     usable = pair.identical | strong
     influence = np.where(usable[:, None], ratio.influence, np.where(weak[:, None], local[1], 0.0))
     difference = strength_difference(pair, base, aligned)
@@ -210,18 +209,13 @@ def attenuation_curve(
     return Curve(value, np.where(np.isinf(low), np.nan, low), high)
 
 
-def keep_interval(
+def log_keep_interval(
     contrast: Contrast, critical: Float[np.ndarray, " layer"] | float
 ) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
     """Ends of log keep at this critical value (-inf where nothing need be kept); NaN where blank."""
-    blank, strong = contrast.has_form("blank"), contrast.has_form("log")
-    with np.errstate(divide="ignore"):
-        low, high = (np.where(blank, np.nan, np.log(x)) for x in fieller(contrast.pair, critical))
-    # Far out, where bands live, the set of a strong signal alone held twelve layers in .90 for .95: there the logarithm's
-    # own interval has its say as well.
-    reach = critical * contrast.se
-    low = np.where(strong, np.fmin(low, contrast.theta - reach), low)
-    return low, np.where(strong, np.fmax(high, contrast.theta + reach), high)
+    blank = contrast.has_form("blank")
+    low, high = keep_interval(contrast.pair, critical)
+    return np.where(blank, np.nan, low), np.where(blank, np.nan, high)
 
 
 # ---------------------------------------------------------------- where along the layers

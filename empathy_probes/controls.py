@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from empathy_probes.contrasts import Contrast
-from empathy_probes.kernels import deviation, fieller, fieller_sets, variance_at
+from empathy_probes.contrasts import Contrast, log_keep_interval
+from empathy_probes.kernels import deviation, fieller_sets, variance_at
 from empathy_probes.stats import as_normal, critical_t, unit_normals, unit_signs, upper_t
 
 
@@ -120,7 +120,7 @@ def build_reference(controls: Sequence[Contrast]) -> Reference:
     low, high = np.zeros_like(theta), np.zeros_like(theta)
     for j, control in enumerate(controls):
         if weak[j].any():
-            low[j], high[j] = fieller_logs(control)
+            low[j], high[j] = log_keep_interval(control, float(critical_t(control.n - 1)))
     lost = weak & ((high < 0) | (low > 0))
     typical = np.where(usable, variance, 0.0).sum(axis=0) / np.maximum(usable.sum(axis=0), 1)
     # A signal removed without any noise would be -inf; keep 0.01 says as much and leaves a mean.
@@ -154,16 +154,6 @@ def _rescale(columns: np.ndarray, squares: np.ndarray) -> np.ndarray:
     """Scale each column to this sum of squares; empty columns stay empty."""
     size = (columns**2).sum(axis=0)
     return columns * np.sqrt(np.divide(squares, size, out=np.zeros_like(size), where=size > 0))
-
-
-def fieller_logs(
-    contrast: Contrast, critical: float | None = None
-) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
-    """Ends of the Fieller set of log keep, at 95 % unless a critical value is given."""
-    t = float(critical_t(contrast.n - 1)) if critical is None else critical
-    with np.errstate(divide="ignore"):
-        low, high = (np.log(x) for x in fieller(contrast.pair, t))
-    return low, high
 
 
 @dataclass(frozen=True)

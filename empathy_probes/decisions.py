@@ -20,7 +20,7 @@ from empathy_probes.contrasts import (
     LayerSet,
     attenuation_curve,
     flag_layers,
-    keep_interval,
+    log_keep_interval,
     onset_set,
     peak_set,
 )
@@ -282,8 +282,8 @@ def _attenuation_headline(view: _View, family: _Family) -> _Headline:
     target = view.target
     # Never narrower than the pointwise interval, whatever the draws say.
     critical = max(float(critical_t(target.n - 1)), family.critical)
-    low, high = keep_interval(target, critical)
-    narrow = keep_interval(target, float(critical_t(target.n - 1, 0.90)))
+    low, high = log_keep_interval(target, critical)
+    narrow = log_keep_interval(target, float(critical_t(target.n - 1, 0.90)))
     p = adjusted_p(family.attenuation, gap_to(target, None, 0.0).t)
     return _Headline(target.theta, low, high, *narrow, p, np.full_like(p, critical))
 

@@ -539,6 +539,14 @@ def test_the_ratio_interval_covers_the_truth_where_the_naive_gap_does_not(covera
         assert found["naive_gap"].upper < 0.90
 
 
+def test_a_scaled_model_with_an_uncertain_rms_is_missed_on_both_sides_alike(coverage: ModuleType):
+    found = shares(coverage.together_cell(np.random.default_rng(0), 600, 100, 16.0, -0.95))
+    assert found["package"].upper > 0.95
+    assert max(found["package_misses_below"].value, found["package_misses_above"].value) < 0.045
+    # The set of keeps that the test of the two U-statistics does not reject lies to one side.
+    assert found["set_alone_misses_below"].lower > 0.07 > 0.02 > found["set_alone_misses_above"].upper
+
+
 def test_the_band_covers_all_layers_at_once_and_the_onset_set_the_onset(coverage: ModuleType):
     found = shares(coverage.band_cell(np.random.default_rng(0), 150, 60, 4.0, "step", 199))
     assert found["band"].upper > 0.95 and found["onset_covers"].upper > 0.95
