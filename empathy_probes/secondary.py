@@ -21,7 +21,7 @@ from empathy_probes.alignment import fit_map
 from empathy_probes.coding import scenario_contrasts
 from empathy_probes.concepts import Concept
 from empathy_probes.geometry import whitened_kernels
-from empathy_probes.kernels import cross_kernels, strength_kernels, u_statistic
+from empathy_probes.kernels import cross_kernels, is_strong, pair_kernels, strength_kernels, u_statistic
 from empathy_probes.measurements import Measurement, measure_concept, neutral_states
 from empathy_probes.redraws import check_size, holds
 from empathy_probes.rows import bits_rows, cosine_rows, reading_rows, separation_rows, transfer_rows
@@ -157,8 +157,9 @@ def _truth(
     means["d_prime", "base"], means["d_prime", "aligned"] = separation.tolist()
     means["d_prime", "attenuation"] = float(1 - separation[1] / separation[0])
     one = np.ones((exhibit.n, 1))  # they are in units of the rms already
-    own = [_mean(strength_kernels(d, one)) for d in differences]
-    if min(own) > 0:
+    pair = pair_kernels(*(strength_kernels(d, one) for d in differences))
+    # A contrast that is gone has no direction.
+    if is_strong(pair).all():
         for measure, bases in (
             ("cosine", differences[:1]),
             (
@@ -169,7 +170,7 @@ def _truth(
             ),
         ):
             crossed = [_mean(cross_kernels(base, differences[1], one, one)) for base in bases]
-            means[measure, "aligned"] = float(np.mean(crossed)) / np.sqrt(own[0] * own[1])
+            means[measure, "aligned"] = float(np.mean(crossed) / np.sqrt(pair.u[0, 0] * pair.u[1, 0]))
     return np.array([means[measure] for measure in MEASURES])
 
 
