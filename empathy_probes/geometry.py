@@ -100,11 +100,11 @@ def cosine_from_kernels(
     left_out = _cosine(ab_left, *(u for _, u in own))
     spread = left_out - left_out.mean(-1, keepdims=True)
     reach = t * np.sqrt((n - 1) / n * (spread**2).sum(-1))
-    near = ~(abs(value) <= NEAR)
+    same = pair.identical & np.isclose(cross, base, rtol=0, atol=1e-6).all((-2, -1))
+    near = detected.any(0) & ~(abs(value) <= NEAR) & ~same
     low, high = np.clip(value - reach, -1, 1), np.clip(value + reach, -1, 1)
     if near.any():
         low[near], high[near] = _near_one(base[near], aligned[near], cross[near], pair.at(near), t)
-    same = pair.identical & np.isclose(cross, base, rtol=0, atol=1e-6).all((-2, -1))
     shown = detected.any(0) & ((low > -1) | (high < 1))
     point = np.where(detected.all(0), np.clip(value, -1, 1), np.nan)
     return Curve(*(np.where(shown, np.where(same, 1.0, x), np.nan) for x in (point, low, high)))
