@@ -32,26 +32,35 @@ from empathy_probes.geometry import transfer, whitened_kernels, whitening_covari
 from empathy_probes.kernels import cross_kernels, strength_kernels
 from empathy_probes.nulls import DRAWS, direction_gaps, largest_p, permutation_null
 from empathy_probes.probes import (
+    AREA_FACTOR,
+    LEFT_OUT,
     N_FOLDS,
-    READING_FACTOR,
     cross_fitted_grade_losses,
     cross_fitted_losses,
     is_binary,
+    left_out_scores,
 )
 from empathy_probes.stats import (
     Curve,
+    Jackknife,
+    area_attenuation,
+    area_difference,
+    area_interval,
     auroc,
-    auroc_difference,
-    auroc_interval,
     correlation,
-    correlation_difference,
-    correlation_interval,
+    fisher_interval,
     grouped_folds,
+    leave_one_out,
+    leave_one_out_correlations,
+    paired_difference,
 )
 from empathy_probes.stimuli import LabelKind, StimulusSet
 
 TRANSFER_LOSS = 0.1
 """AUROC (grades: correlation) by which a probe of the other model must surely fall short to have failed."""
+BASE, ALIGNED = 0, 1
+# What a probe reads: its own model's states, the other's as they are, the other's carried over by the neutral-text map.
+OWN, PLAIN, MAPPED = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,9 @@ class Views:
     """The same of the category, told the coarse one it lies in; no scenarios where no category lies in another."""
     transfer: Float[np.ndarray, "mapped=2 fitted=2 layer contrast item"]
     """Out-of-fold scores of each model's probe on the other's states, plain and mapped."""
+    left_out: Float[np.ndarray, "fitted=2 read=3 group layer"]
+    """AUROC (grades: correlation) of each model's probe on its own states, the other's, and those mapped, without each group of
+    scenarios in turn, probes trained anew: from these the errors of readings across models are computed."""
     map_error: Float[np.ndarray, " layer"]
     """Share of neutral variance that the map misses on texts it was not fitted on."""
     shuffled_p: Float[np.ndarray, "model=2 layer"]
@@ -125,26 +137,59 @@ class Measurement:
         """Name of how well probes read the concept: auroc (categories: its mean) or correlation."""
         return "correlation" if self.kind == "graded" else "auroc"
 
-    def reading(self, scores: Float[np.ndarray, "*batch contrast item"]) -> Curve:
-        """How well these scores tell the labels, with a 95 % interval: AUROC, its mean over categories, or correlation."""
-        if self.kind == "graded":
-            return correlation_interval(scores[..., 0, :], self.labels, self.item_units, READING_FACTOR)
-        return auroc_interval(scores, self.codes, self.item_units, READING_FACTOR)
+    def reading(self, fitted: int, read: int = OWN) -> Curve:
+        """How well the probe of one model (`BASE`, `ALIGNED`) tells the labels, with a 95 % interval.
 
-    def reading_difference(
-        self,
-        base: Float[np.ndarray, "*batch contrast item"],
-        aligned: Float[np.ndarray, "*batch contrast item"],
-    ) -> Curve:
-        """Second reading minus the first, on the same texts."""
+        AUROC, its mean over categories, or the correlation with grades, of out-of-fold scores of `OWN` states, or of the other
+        model's, `PLAIN` or `MAPPED`. A probe may read another model's states by luck of its training, of which the texts
+        know nothing (intervals that took probes as given held the truth in .74): there all probes are trained anew
+        without each group of scenarios.
+        """
+        found, widen = self._jackknife(fitted, read, anew=read != OWN)
+        return fisher_interval(found, widen) if self.kind == "graded" else area_interval(found, widen)
+
+    def reading_difference(self, first: tuple[int, int], second: tuple[int, int]) -> Curve:
+        """Second reading minus the first, each given by the model whose probe it is and what that reads."""
+        anew = first[1] != OWN or second[1] != OWN
+        (one, widen), (other, _) = self._jackknife(*first, anew=anew), self._jackknife(*second, anew=anew)
         if self.kind == "graded":
-            scores = base[..., 0, :], aligned[..., 0, :]
-            return correlation_difference(*scores, self.labels, self.item_units, READING_FACTOR)
-        return auroc_difference(base, aligned, self.codes, self.item_units, READING_FACTOR)
+            return paired_difference(one, other, widen)
+        return area_difference(one, other, self._same(first, second), widen)
+
+    def reading_attenuation(self) -> tuple[Curve, Bool[np.ndarray, " layer"]]:
+        """What d' of the two models' own AUROC has lost, and where both are at the ceiling; not for grades."""
+        (base, widen), (aligned, _) = (self._jackknife(fitted, OWN, anew=False) for fitted in (BASE, ALIGNED))
+        return area_attenuation(base, aligned, self._same((BASE, OWN), (ALIGNED, OWN)), widen)
+
+    def _scores_of(self, fitted: int, read: int) -> Float[np.ndarray, "layer contrast item"]:
+        return self.scores[fitted] if read == OWN else self.views.transfer[read - PLAIN, fitted]
+
+    def _jackknife(self, fitted: int, read: int, *, anew: bool) -> tuple[Jackknife, float]:
+        """A reading without scenarios in turn, probes trained `anew` or as they are, and by what its interval is widened."""
+        scores = self._scores_of(fitted, read)
+        if anew:
+            left_out = np.moveaxis(self.views.left_out[fitted, read].astype(np.float64), 0, -1)
+            return Jackknife(_reading(scores, self.codes), left_out, len(self.units)), 1.0
+        return self._leave_one_out(scores), AREA_FACTOR
+
+    def _leave_one_out(self, scores: Float[np.ndarray, "layer contrast item"]) -> Jackknife:
+        if self.kind == "graded":
+            return leave_one_out_correlations(scores[..., 0, :], self.labels, self.item_units)
+        return leave_one_out(scores, self.codes, self.item_units)
+
+    def _same(self, first: tuple[int, int], second: tuple[int, int]) -> Bool[np.ndarray, " layer"]:
+        return np.asarray((self._scores_of(*first) == self._scores_of(*second)).all((-2, -1)))
+
+    @cached_property
+    def lexical(self) -> Curve:
+        """How well the bag of words tells the labels, at the one place there is."""
+        found = self._leave_one_out(self.text_scores[None])
+        make = fisher_interval if self.kind == "graded" else area_interval
+        return make(found, AREA_FACTOR)
 
     def transfer_fails(self, *, mapped: bool) -> Bool[np.ndarray, " layer"]:
         """Where the base's probe surely reads the aligned model worse than the aligned model's own probe does."""
-        difference = self.reading_difference(self.scores[1], self.views.transfer[int(mapped), 0])
+        difference = self.reading_difference((ALIGNED, OWN), (BASE, MAPPED if mapped else PLAIN))
         return np.asarray(difference.upper < -TRANSFER_LOSS)
 
     @property
@@ -173,7 +218,11 @@ class Measurement:
     def beats_words(self) -> Bool[np.ndarray, " layer"]:
         """Layers at which the base's probe exceeds the bag of words beyond chance."""
         words = np.broadcast_to(self.text_scores, self.scores[0].shape)
-        return self.reading_difference(words, self.scores[0]).lower > 0
+        pair = [self._leave_one_out(scores) for scores in (words, self.scores[0])]
+        if self.kind == "graded":
+            return paired_difference(pair[0], pair[1], AREA_FACTOR).lower > 0
+        same = (words == self.scores[0]).all((-2, -1))
+        return area_difference(pair[0], pair[1], same, AREA_FACTOR).lower > 0
 
 
 def measure_concept(
@@ -346,11 +395,41 @@ def _views(
         losses=both(losses),
         fine_losses=both(fine_losses),
         transfer=np.ascontiguousarray([plain, mapped]),
+        left_out=_left_out(
+            normalised, codes, folds, grouped_folds(units, LEFT_OUT, seed + 1), carried, same_model
+        ),
         map_error=np.zeros_like(carried.error) if same_model else carried.error,
         shuffled_p=both(shuffled_p),
         random_p=both(random),
         map_underdetermined=carried.underdetermined,
     )
+
+
+def _left_out(
+    normalised: Sequence[np.ndarray],
+    codes: np.ndarray,
+    folds: np.ndarray,
+    groups: np.ndarray,
+    carried: NeutralMap,
+    same_model: bool,
+) -> Float[np.ndarray, "fitted=2 read=3 group layer"]:
+    base, aligned = normalised
+    sides = [(base, [base])] if same_model else [
+        (base, [base, aligned, carried.backward(aligned)]), (aligned, [aligned, base, carried.forward(base)])
+    ]  # fmt: skip
+    found = np.stack(
+        [
+            np.stack(
+                [
+                    _reading(scores, codes[:, kept])
+                    for kept, scores in left_out_scores(fitted, reads, codes, folds, groups)
+                ],
+                1,
+            )
+            for fitted, reads in sides
+        ]
+    )
+    return np.ascontiguousarray(np.broadcast_to(found, (2, 3, *found.shape[2:])))
 
 
 def _reading(scores: np.ndarray, codes: np.ndarray) -> np.ndarray:

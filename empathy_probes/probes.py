@@ -22,6 +22,10 @@ N_FOLDS = 5
 # An interval over scenarios that takes the probes as given is too narrow by up to this: all probes were fitted on the same few
 # scenarios. Without it coverage falls to .82 (scripts/simulations/readings.py); strong signals need less (`stats.widened`).
 READING_FACTOR = 1.6
+# The same of areas and correlations, which training moves less than bits and slopes.
+AREA_FACTOR = 1.45
+# Groups of scenarios that are left out in turn, all probes trained anew, where one model's probe reads another's states.
+LEFT_OUT = 10
 
 
 def cross_fitted_scores(
@@ -47,6 +51,54 @@ def paired_scores(
 ) -> Float[np.ndarray, "layer contrast n"]:
     """Out-of-fold scores of one model's probes on another model's states of the same texts."""
     return shared_scores(fitted, read, (labels,), folds)[0]
+
+
+def left_out_scores(
+    fitted: Float[np.ndarray, "n layer d"],
+    reads: Sequence[Float[np.ndarray, "n layer d"]],
+    labels: Num[np.ndarray, "contrast n"],
+    folds: Int[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"],
+) -> list[tuple[Int[np.ndarray, " kept"], Float[np.ndarray, "read layer contrast kept"]]]:
+    """What `paired_scores` of each of `reads` would be without each group of texts in turn, and which texts are left.
+
+    All probes are trained anew: how a reading differs between groups tells how far it errs, the luck of training included.
+    """
+    a, *b = (np.swapaxes(np.asarray(x, np.float64), 0, 1) for x in (fitted, *reads))
+    n = len(folds)
+    few_columns = a.shape[2] < min((folds != fold).sum() for fold in np.unique(folds))
+    gram = None if few_columns else a @ np.swapaxes(a, 1, 2)
+    cross = None if few_columns else np.concatenate([x @ np.swapaxes(a, 1, 2) for x in b], 1)
+    found = []
+    for group in np.unique(groups):
+        kept = np.flatnonzero(groups != group)
+        some, of = labels[:, kept], folds[kept]
+        if gram is None or cross is None:
+            scores = np.stack([_few_columns(a[:, kept], x[:, kept], (some,), of)[0] for x in b])
+        else:
+            rows = (np.arange(len(b))[:, None] * n + kept).ravel()
+            inner, other = gram[:, kept[:, None], kept], cross[:, rows[:, None], kept]
+            scores = _stacked_scores(inner, other, some, of, len(b))
+        found.append((kept, scores))
+    return found
+
+
+def _stacked_scores(
+    gram: Float[np.ndarray, "layer n n"],
+    cross: Float[np.ndarray, "layer rows n"],
+    labels: Num[np.ndarray, "contrast n"],
+    folds: Int[np.ndarray, " n"],
+    reads: int,
+) -> Float[np.ndarray, "read layer contrast n"]:
+    """`_scores` of several sets of states with the same probes, one factorisation for all."""
+    targets, n = _targets(labels), len(folds)
+    scores = np.empty((len(gram), reads, n, targets.shape[1]))
+    for fold in np.unique(folds):
+        train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        rows = (np.arange(reads)[:, None] * n + test).ravel()
+        read = _ridge_scores(gram, targets, train, rows, (1.0,), cross)[0] - targets[train].mean(0)
+        scores[:, :, test] = read.reshape(len(gram), reads, len(test), -1)
+    return np.moveaxis(scores, (0, 3), (1, 2))
 
 
 def shared_scores(
@@ -316,7 +368,7 @@ def _ridge_scores(
     train: Int[np.ndarray, " train"],
     test: Int[np.ndarray, " test"],
     penalties: Sequence[float],
-    cross: Float[np.ndarray, "layer n n"] | None = None,
+    cross: Float[np.ndarray, "layer rows n"] | None = None,
 ) -> Float[np.ndarray, "penalty layer test m"]:
     """Ridge predictions of held-out rows, with an intercept; penalties in units of the mean eigenvalue.
 

@@ -12,7 +12,7 @@ from empathy_probes.coding import coarse_numbers
 from empathy_probes.contrasts import Contrast, TemplateShift
 from empathy_probes.decisions import Judgement
 from empathy_probes.geometry import cosine_from_kernels
-from empathy_probes.measurements import Measurement
+from empathy_probes.measurements import ALIGNED, BASE, MAPPED, OWN, PLAIN, Measurement
 from empathy_probes.probes import (
     READING_FACTOR,
     bits,
@@ -22,13 +22,7 @@ from empathy_probes.probes import (
     grade_entropy,
     paired_t,
 )
-from empathy_probes.stats import (
-    Curve,
-    auroc_attenuation,
-    critical_t,
-    fieller_ratio,
-    widened,
-)
+from empathy_probes.stats import Curve, critical_t, fieller_ratio, widened
 
 COLUMNS = [
     "concept",
@@ -138,13 +132,15 @@ def strength_rows(m: Measurement, j: Judgement, n_layers: int, flags: Sequence[s
 
 def reading_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
     """How well the probe reads held-out texts: AUROC (categories: its mean), or correlation with the grades."""
-    base, aligned = (m.reading(scores) for scores in m.scores)
-    curves = {"base": base, "aligned": aligned, "difference": m.reading_difference(*m.scores)}
+    base, aligned = m.reading(BASE), m.reading(ALIGNED)
+    curves = {
+        "base": base,
+        "aligned": aligned,
+        "difference": m.reading_difference((BASE, OWN), (ALIGNED, OWN)),
+    }
     ceiling = np.zeros(len(m.layers), bool)
     if m.kind != "graded":
-        curves["attenuation"], ceiling = auroc_attenuation(
-            m.scores[0], m.scores[1], m.codes, m.item_units, READING_FACTOR
-        )
+        curves["attenuation"], ceiling = m.reading_attenuation()
     rows = []
     for i, layer in enumerate(m.layers):
         row = _place(m, layer, n_layers, m.measure)
@@ -180,8 +176,8 @@ def scenario_slopes(
 
 
 def lexical_row(m: Measurement, n_layers: int) -> dict[str, Any]:
-    floor = m.reading(m.text_scores[None])
-    row = _place(m, None, n_layers, m.measure) | _cells("base", floor, 0) | _cells("aligned", floor, 0)
+    row = _place(m, None, n_layers, m.measure)
+    row |= _cells("base", m.lexical, 0) | _cells("aligned", m.lexical, 0)
     return row | {"decision": "", "flags": "lexical_floor"}
 
 
@@ -291,11 +287,13 @@ def transfer_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[d
     rows: list[dict[str, Any]] = []
     for mapped, suffix in enumerate(("", "_mapped")):
         for fitted, name in enumerate(("transfer_base_to_aligned", "transfer_aligned_to_base")):
-            other: Float[np.ndarray, "layer contrast item"] = m.views.transfer[mapped, fitted]
-            read = (m.scores[0], other) if fitted == 0 else (other, m.scores[1])
-            base, aligned = (m.reading(scores) for scores in read)
-            difference = m.reading_difference(*read)
-            curves = {"base": base, "aligned": aligned, "difference": difference}
-            own = [[*_map_flags(m, mapped), *flags]] * len(m.layers)
-            rows += _curve_rows(m, n_layers, name + suffix, curves, own)
+            own, other = (fitted, OWN), (fitted, MAPPED if mapped else PLAIN)
+            read = (own, other) if fitted == BASE else (other, own)
+            curves = {
+                "base": m.reading(*read[0]),
+                "aligned": m.reading(*read[1]),
+                "difference": m.reading_difference(*read),
+            }
+            flagged = [[*_map_flags(m, mapped), *flags]] * len(m.layers)
+            rows += _curve_rows(m, n_layers, name + suffix, curves, flagged)
     return rows

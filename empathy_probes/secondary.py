@@ -170,7 +170,9 @@ def _truth(
             ),
         ):
             crossed = [_mean(cross_kernels(base, differences[1], one, one)) for base in bases]
-            means[measure, "aligned"] = float(np.mean(crossed) / np.sqrt(pair.u[0, 0] * pair.u[1, 0]))
+            means[measure, "aligned"] = float(
+                np.clip(np.mean(crossed) / np.sqrt(pair.u[0, 0] * pair.u[1, 0]), -1, 1)
+            )
     return np.array([means[measure] for measure in MEASURES])
 
 

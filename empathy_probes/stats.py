@@ -311,21 +311,29 @@ def _placements(
 
 
 @dataclass(frozen=True)
-class _Jackknife:
+class Jackknife:
+    """How well something is read, and the same with each group of units left out in turn."""
+
     value: Float[np.ndarray, "..."]
-    left_out: Float[np.ndarray, "... unit"]
+    left_out: Float[np.ndarray, "... group"]
+    units: int
+    """Scenarios in all groups together; a group may be a single one."""
+
+    @property
+    def critical(self) -> float:
+        """Student's 97.5 % point for a standard error from so many groups."""
+        return float(critical_t(self.left_out.shape[-1] - 1))
 
 
-def _leave_one_out(
+def leave_one_out(
     scores: Float[np.ndarray, "... n"], labels: Int[np.ndarray, "*category n"], groups: Sequence[str]
-) -> _Jackknife:
-    """AUROC, or its mean over categories, with each scenario left out in turn."""
+) -> Jackknife:
+    """AUROC, or its mean over categories, with each scenario left out in turn; the scores stay as they are."""
     labels = np.asarray(labels)
     if labels.ndim == 2:
-        each = [_leave_one_out(scores[..., c, :], row, groups) for c, row in enumerate(labels)]
-        return _Jackknife(
-            np.mean([x.value for x in each], axis=0), np.mean([x.left_out for x in each], axis=0)
-        )
+        each = [leave_one_out(scores[..., c, :], row, groups) for c, row in enumerate(labels)]
+        value, left_out = (np.mean([getattr(x, name) for x in each], 0) for name in ("value", "left_out"))
+        return Jackknife(value, left_out, each[0].units)
     up, down = _placements(scores, labels)
     positive = labels == 1
     p, q = up.shape[-1], down.shape[-1]
@@ -338,7 +346,7 @@ def _leave_one_out(
     lost = (up[..., ones] * one).sum(-1) * q + (down[..., zeros] * zero).sum(-1) * p - own.sum((-2, -1))
     wins = up.sum(axis=-1) * q
     left_out = (wins[..., None] - lost) / ((p - one.sum(-1)) * (q - zero.sum(-1)))
-    return _Jackknife(wins / (p * q), left_out)
+    return Jackknife(wins / (p * q), left_out, n_units)
 
 
 def _slots(
@@ -352,48 +360,47 @@ def _slots(
     return places, real
 
 
-def _correlations(
+def leave_one_out_correlations(
     scores: Float[np.ndarray, "... n"], values: Float[np.ndarray, " n"], groups: Sequence[str]
-) -> _Jackknife:
+) -> Jackknife:
     """Correlation with each scenario left out in turn."""
     unit = np.unique([str(group) for group in groups], return_inverse=True)[1]
     left_out = [correlation(scores[..., unit != s], values[unit != s]) for s in range(unit.max() + 1)]
-    return _Jackknife(correlation(scores, values), np.stack(left_out, -1))
+    return Jackknife(correlation(scores, values), np.stack(left_out, -1), len(left_out))
 
 
-def _covariance(first: _Jackknife, second: _Jackknife) -> Float[np.ndarray, "..."]:
+def _covariance(first: Jackknife, second: Jackknife) -> Float[np.ndarray, "..."]:
     """Jackknife covariance."""
     n = first.left_out.shape[-1]
     a, b = (x.left_out - x.left_out.mean(axis=-1, keepdims=True) for x in (first, second))
     return np.asarray((n - 1) / n * (a * b).sum(axis=-1))
 
 
-def _imaginary(first: _Jackknife, second: _Jackknife) -> Float[np.ndarray, "..."]:
+def _imaginary(first: Jackknife, second: Jackknife) -> Float[np.ndarray, "..."]:
     """What one imaginary scenario at chance adds to the covariance.
 
     At AUROC 1 no scenario can move the estimate and the plain jackknife says "no error"; the imaginary one says
     "not more than about 3.6/n below 1", the rule of three. At 0.5 it adds nothing.
     """
-    return (first.value - 0.5) * (second.value - 0.5) / first.left_out.shape[-1] ** 2
+    return (first.value - 0.5) * (second.value - 0.5) / first.units**2
 
 
-def _area_reach(jackknife: _Jackknife, widen: float) -> Float[np.ndarray, "..."]:
+def _area_reach(jackknife: Jackknife, widen: float) -> Float[np.ndarray, "..."]:
     """Half of a 95 % interval, on the area's own scale."""
-    n = jackknife.left_out.shape[-1]
     variance = _covariance(jackknife, jackknife) + _imaginary(jackknife, jackknife)
-    reach = critical_t(n - 1) * np.sqrt(variance)
+    reach = jackknife.critical * np.sqrt(variance)
     return np.asarray(reach * widened((2 * jackknife.value - 1) ** 2, widen))
 
 
 def _area_at(
-    jackknife: _Jackknife, reach: Float[np.ndarray, "..."], arm: Float[np.ndarray, "..."] | float
+    jackknife: Jackknife, reach: Float[np.ndarray, "..."], arm: Float[np.ndarray, "..."] | float
 ) -> Float[np.ndarray, "..."]:
     """The area `arm` times the reach away, which is taken on the logit scale.
 
     On the way towards chance the start moves to a value shrunk by one imaginary scenario: that keeps the end honest at 0 and 1;
     at the other end it would cut off the truth.
     """
-    value, n = jackknife.value, jackknife.left_out.shape[-1]
+    value, n = jackknife.value, jackknife.units
     towards = np.clip(np.where(value >= 0.5, -1, 1) * arm, 0, 1)
     start = value + ((n * value + 0.5) / (n + 1) - value) * towards
     inside = (start > 0) & (start < 1)
@@ -401,7 +408,8 @@ def _area_at(
     return np.where(inside, special.expit(special.logit(x) + arm * reach / (x * (1 - x))), start)
 
 
-def _area_curve(jackknife: _Jackknife, widen: float) -> Curve:
+def area_interval(jackknife: Jackknife, widen: float = 1.0) -> Curve:
+    """AUROC with a 95 % interval; see `auroc_interval`."""
     value, reach = jackknife.value, _area_reach(jackknife, widen)
     lower, upper = (_area_at(jackknife, reach, arm) for arm in (-1.0, 1.0))
     return Curve(value, np.fmin(lower, value), np.fmax(upper, value))
@@ -418,7 +426,7 @@ def auroc_interval(
     So much at chance; scores that sort everything depend on nothing else (`widened`).
     The ends lie on the logit scale, where the error near the ceiling is closer to normal than on the AUROC's own.
     """
-    return _area_curve(_leave_one_out(scores, labels, groups), widen)
+    return area_interval(leave_one_out(scores, labels, groups), widen)
 
 
 def auroc_difference(
@@ -434,9 +442,16 @@ def auroc_difference(
     Recovered from the ends of the two alone (MOVER), the longer arm towards chance stays even where two models move as
     one: intervals .039 wide of two all but equal models at AUROC .9 with 60 scenarios, now .008 (docs/simulations).
     """
-    axes = tuple(range(-labels.ndim, 0))
-    same = (base == aligned).all(axes)
-    pair = [_leave_one_out(scores, labels, groups) for scores in (base, aligned)]
+    same = (base == aligned).all(tuple(range(-labels.ndim, 0)))
+    pair = [leave_one_out(scores, labels, groups) for scores in (base, aligned)]
+    return area_difference(pair[0], pair[1], same, widen)
+
+
+def area_difference(
+    base: Jackknife, aligned: Jackknife, same: Bool[np.ndarray, "..."], widen: float = 1.0
+) -> Curve:
+    """AUROC(aligned) - AUROC(base), exactly 0 where they are the `same`; see `auroc_difference`."""
+    pair = base, aligned
     # At the ceiling nothing varies, and the imaginary scenario may be another one in each model.
     own = [np.maximum(_covariance(x, x), _imaginary(x, x)) for x in pair]
     size = np.sqrt(own[0] * own[1])
@@ -444,7 +459,7 @@ def auroc_difference(
     turn = np.linspace(0, 2 * np.pi, 129).reshape(-1, *[1] * r.ndim)
     arms = np.cos(turn), r * np.cos(turn) + np.sqrt(1 - r**2) * np.sin(turn)
     ends = [_area_at(x, _area_reach(x, widen), arm) for x, arm in zip(pair, arms, strict=True)]
-    found, difference = ends[1] - ends[0], pair[1].value - pair[0].value
+    found, difference = ends[1] - ends[0], aligned.value - base.value
     lower, upper = np.fmin(found.min(0), difference), np.fmax(found.max(0), difference)
     return Curve(*(np.where(same, 0.0, x) for x in (difference, lower, upper)))
 
@@ -456,7 +471,11 @@ def correlation_interval(
     widen: float = 1.0,
 ) -> Curve:
     """Correlation of scores with graded labels, 95 % delete-one-scenario interval on Fisher's scale, widened likewise."""
-    found = _correlations(scores, values, groups)
+    return fisher_interval(leave_one_out_correlations(scores, values, groups), widen)
+
+
+def fisher_interval(found: Jackknife, widen: float = 1.0) -> Curve:
+    """Correlation with a 95 % interval; see `correlation_interval`."""
     z = np.arctanh(np.clip(found.value, -1 + 1e-12, 1 - 1e-12))
     # On Fisher's scale itself: near 1 its derivative would exaggerate a change that is not small against 1 - r.
     reach = _jackknife_reach(np.arctanh(np.clip(found.left_out, -1 + 1e-12, 1 - 1e-12)))
@@ -472,45 +491,42 @@ def correlation_difference(
     widen: float = 1.0,
 ) -> Curve:
     """Correlation(aligned) - correlation(base) on the same items, paired 95 % delete-one-scenario interval."""
-    a, b = (_correlations(scores, values, groups) for scores in (base, aligned))
-    difference, reach = b.value - a.value, _jackknife_reach(b.left_out - a.left_out)
-    reach *= widened(np.minimum(a.value**2, b.value**2), widen)
+    pair = [leave_one_out_correlations(scores, values, groups) for scores in (base, aligned)]
+    return paired_difference(pair[0], pair[1], widen)
+
+
+def paired_difference(base: Jackknife, aligned: Jackknife, widen: float = 1.0) -> Curve:
+    """Correlation(aligned) - correlation(base); see `correlation_difference`."""
+    difference = aligned.value - base.value
+    reach = _jackknife_reach(aligned.left_out - base.left_out)
+    reach *= widened(np.minimum(base.value**2, aligned.value**2), widen)
     return Curve(difference, difference - reach, difference + reach)
 
 
-def _jackknife_reach(left_out: Float[np.ndarray, "... unit"]) -> Float[np.ndarray, "..."]:
+def _jackknife_reach(left_out: Float[np.ndarray, "... group"]) -> Float[np.ndarray, "..."]:
     n = left_out.shape[-1]
     spread = left_out - left_out.mean(axis=-1, keepdims=True)
     return critical_t(n - 1) * np.sqrt((n - 1) / n * (spread**2).sum(axis=-1))
 
 
-def auroc_attenuation(
-    base: Float[np.ndarray, "... n"],
-    aligned: Float[np.ndarray, "... n"],
-    labels: Int[np.ndarray, "*category n"],
-    groups: Sequence[str],
-    widen: float = 1.0,
+def area_attenuation(
+    base: Jackknife, aligned: Jackknife, same: Bool[np.ndarray, "..."], widen: float = 1.0
 ) -> tuple[Curve, Bool[np.ndarray, "..."]]:
     """1 - d'(aligned) / d'(base) with Fieller's 95 % interval, and where both AUROCs exceed 0.98 (ceiling).
 
-    Blank where either AUROC is 0 or 1 (d' is infinite) or the base is not above chance. Identical scores: 0 [0, 0].
+    Blank where either AUROC is 0 or 1 (d' is infinite) or the base is not above chance; exactly 0 where both are the `same`.
     """
-    jackknives = [_leave_one_out(scores, labels, groups) for scores in (base, aligned)]
-    n = jackknives[0].left_out.shape[-1]
-    raw = np.stack([x.value for x in jackknives])
+    pair = base, aligned
+    raw = np.stack([x.value for x in pair])
     finite = ((raw > 0) & (raw < 1)).all(axis=0)
     area = np.where(finite, raw, 0.75)
-    slope = (
-        np.sqrt(2)
-        / distributions.norm.pdf(distributions.norm.ppf(area))
-        * widened((2 * area - 1) ** 2, widen)
-    )
+    slope = np.sqrt(2) / distributions.norm.pdf(distributions.norm.ppf(area))
+    slope *= widened((2 * area - 1) ** 2, widen)
     cells = [
-        [(_covariance(a, b) + _imaginary(a, b)) * slope[i] * slope[j] for j, b in enumerate(jackknives)]
-        for i, a in enumerate(jackknives)
+        [(_covariance(a, b) + _imaginary(a, b)) * slope[i] * slope[j] for j, b in enumerate(pair)]
+        for i, a in enumerate(pair)
     ]
-    ratio = fieller_ratio(d_prime(area[0]), d_prime(area[1]), np.array(cells), critical_t(n - 1))
-    same = (base == aligned).all(axis=tuple(range(-labels.ndim, 0)))
+    ratio = fieller_ratio(d_prime(area[0]), d_prime(area[1]), np.array(cells), base.critical)
     # Below chance there is nothing to attenuate either, however surely it is below.
     shown = finite & (raw[0] > 0.5)
     ends = (1 - ratio.value, 1 - ratio.upper, 1 - ratio.lower)

@@ -19,7 +19,7 @@ from empathy_probes.concepts import Concept
 from empathy_probes.design import design_study
 from empathy_probes.errors import InputError
 from empathy_probes.grammar import stimuli_rows
-from empathy_probes.measurements import Measurement, measure_concept
+from empathy_probes.measurements import ALIGNED, BASE, OWN, Measurement, measure_concept
 from empathy_probes.phantoms import load_phantom
 from empathy_probes.probes import (
     cross_fitted_grade_losses,
@@ -129,8 +129,8 @@ def test_macro_auroc_is_scikit_learns() -> None:
     m = measured(concept_of(names), values, values)
     one_hot = m.codes.T
     expected = roc_auc_score(one_hot, m.scores[0, 0].T, average="macro")
-    np.testing.assert_allclose(m.reading(m.scores[0]).value[0], expected)
-    assert (m.reading_difference(m.scores[0], m.scores[1]).value == 0).all()
+    np.testing.assert_allclose(m.reading(BASE).value[0], expected)
+    assert (m.reading_difference((BASE, OWN), (ALIGNED, OWN)).value == 0).all()
 
 
 def test_bits_of_grades_are_the_information_of_a_normal_channel() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from empathy_probes.coding import coarse_numbers, contrast_codes
 from empathy_probes.probes import (
-    READING_FACTOR,
+    AREA_FACTOR,
     bits,
     bits_difference,
     cross_fitted_grade_losses,
@@ -94,13 +94,13 @@ def readings(kind: LabelKind, states: np.ndarray, labels: np.ndarray, units: lis
     base, aligned = (cross_fitted_scores(x, codes, folds) for x in states)
     if kind == "graded":
         base, aligned = base[:, 0], aligned[:, 0]
-        found["correlation base"] = correlation_interval(base, labels, units, READING_FACTOR)
-        found["correlation difference"] = correlation_difference(base, aligned, labels, units, READING_FACTOR)
+        found["correlation base"] = correlation_interval(base, labels, units, AREA_FACTOR)
+        found["correlation difference"] = correlation_difference(base, aligned, labels, units, AREA_FACTOR)
         slopes = [scenario_slopes(x, labels, units) for x in (base, aligned)]
         found["slope base"], found["slope difference"] = paired_t(slopes[0]), paired_t(slopes[1] - slopes[0])
     else:
-        found["auroc base"] = auroc_interval(base, codes.astype(int), units, READING_FACTOR)
-        found["auroc difference"] = auroc_difference(base, aligned, codes.astype(int), units, READING_FACTOR)
+        found["auroc base"] = auroc_interval(base, codes.astype(int), units, AREA_FACTOR)
+        found["auroc difference"] = auroc_difference(base, aligned, codes.astype(int), units, AREA_FACTOR)
     return found
 
 
