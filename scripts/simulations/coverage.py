@@ -24,6 +24,7 @@ from scipy.stats import norm
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.controls import build_reference, gap_to
 from empathy_probes.decisions import POWER, Judgement, judge
+from empathy_probes.geometry import cosine_from_kernels
 from empathy_probes.kernels import (
     KernelPair,
     fieller,
@@ -283,6 +284,56 @@ def together_cell(
         yield share("together", cell, f"{name}_misses_below", below)
         yield share("together", cell, f"{name}_misses_above", above)
         yield Cell("together", cell, f"{name}_half_width", 0, width.size, float(np.median(width)))
+
+
+def cosine_cell(
+    rng: np.random.Generator, replicates: int, n: int, keep: float, cosine: float, batch: int = 50
+) -> Iterator[Cell]:
+    """Coverage of the cosine of two models' contrasts wherever it is shown, beside that of leaving scenarios out."""
+    place = np.zeros((2, DIMENSIONS))
+    place[0, 3], place[1, 3], place[1, 4] = 0.75, 0.75 * keep * cosine, 0.75 * keep * np.sqrt(1 - cosine**2)
+    columns: dict[str, list[np.ndarray]] = {}
+    for start in range(0, replicates, batch):
+        shape = (min(batch, replicates - start), n, DIMENSIONS)
+        common, fresh = (noise(rng, shape, 4.46, False) for _ in range(2))
+        base = place[0] + common
+        aligned = place[1] + MODEL_CORRELATION * common + np.sqrt(1 - MODEL_CORRELATION**2) * fresh
+        kernels = gram(base), gram(aligned), base @ np.swapaxes(aligned, -1, -2)
+        pair = pair_kernels(kernels[0], kernels[1])
+        found = cosine_from_kernels(*kernels)
+        shown = ~np.isnan(found.lower)
+        columns.setdefault("shown", []).append(shown)
+        columns.setdefault("aligned_detected", []).append(pair.u[1] > critical_t(n - 1) * pair.se[1])
+        held = (found.lower <= cosine + 1e-9) & (cosine - 1e-9 <= found.upper)
+        columns.setdefault("package", []).append(held[shown])
+        columns.setdefault("half_width", []).append((found.upper - found.lower)[shown] / 2)
+        value, reach = delete_one_cosine(*kernels)
+        columns.setdefault("delete_one", []).append((abs(value - cosine) <= reach)[~np.isnan(reach)])
+        columns.setdefault("delete_one_half_width", []).append(reach[~np.isnan(reach)])
+    cell = f"n={n},keep={keep},cosine={cosine}"
+    for name, parts in columns.items():
+        found_all = np.concatenate(parts)
+        if name.endswith("half_width"):
+            yield Cell("cosine", cell, name, 0, found_all.size, float(np.median(found_all)))
+        else:
+            yield share("cosine", cell, name, found_all)
+
+
+def delete_one_cosine(
+    base: np.ndarray, aligned: np.ndarray, cross: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """U_ab / sqrt(U_a U_b) and t times its delete-one standard error."""
+    n = base.shape[-1]
+    values, left = [], []
+    for kernel in (cross, base, aligned):
+        off = np.where(np.eye(n, dtype=bool), 0.0, kernel)
+        total = off.sum((-2, -1))
+        values.append(total / (n * (n - 1)))
+        left.append((total[:, None] - off.sum(-1) - off.sum(-2)) / ((n - 1) * (n - 2)))
+    with np.errstate(invalid="ignore"):
+        value, without = (ab / np.sqrt(b * a) for ab, b, a in (values, left))
+    spread = ((without - without.mean(-1, keepdims=True)) ** 2).sum(-1)
+    return value, critical_t(n - 1) * np.sqrt((n - 1) / n * spread)
 
 
 RATIO_GRID = [
@@ -608,6 +659,14 @@ def tables(replicates: int, quick: bool) -> dict[str, list[Callable[[np.random.G
                 else product((40, 100, 300), (2.0, 8.0, 20.0), (0.5, 0.25, 0.1, 0.0))
             )
         ],
+        "cosine": [
+            partial(cosine_cell, replicates=replicates, n=n, keep=keep, cosine=cosine)
+            for n, keep, cosine in (
+                [(40, 0.5, 1.0)]
+                if quick
+                else product((40, 100, 300), (1.0, 0.5, 0.25), (1.0, 0.97, 0.9, 0.7, 0.5, 0.0, -0.7))
+            )
+        ],
         "together": [
             partial(together_cell, replicates=replicates, n=n, trace=trace, follows=follows)
             for n, trace, follows in ([(40, 8.0, 0.7)] if quick else together)
@@ -627,7 +686,7 @@ def main() -> int:
     parser.add_argument(
         "--tables",
         nargs="+",
-        choices=["ratio", "auroc", "band", "specific", "power", "point", "together"],
+        choices=["ratio", "auroc", "band", "specific", "power", "point", "cosine", "together"],
         help="only these",
     )
     options = parser.parse_args()
