@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from empathy_probes.errors import InputError
 from empathy_probes.kernels import (
+    SECOND_ORDER,
     KernelPair,
     deviation,
     is_strong,
@@ -212,9 +213,9 @@ def attenuation_curve(
 def log_keep_interval(
     contrast: Contrast, critical: Float[np.ndarray, " layer"] | float
 ) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
-    """Ends of log keep at this critical value (-inf where nothing need be kept); NaN where blank."""
+    """Ends of log keep at a band's critical value (-inf where nothing need be kept); NaN where blank."""
     blank = contrast.has_form("blank")
-    low, high = keep_interval(contrast.pair, critical)
+    low, high = keep_interval(contrast.pair, critical, SECOND_ORDER)
     return np.where(blank, np.nan, low), np.where(blank, np.nan, high)
 
 

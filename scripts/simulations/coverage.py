@@ -26,6 +26,7 @@ from empathy_probes.controls import build_reference, gap_to
 from empathy_probes.decisions import POWER, Judgement, judge
 from empathy_probes.geometry import cosine_from_kernels
 from empathy_probes.kernels import (
+    SECOND_ORDER,
     KernelPair,
     fieller,
     is_strong,
@@ -170,8 +171,8 @@ def ratio_cell(rng: np.random.Generator, replicates: int, setting: dict, batch: 
         truth = np.log(keep) if keep > 0 else -np.inf
         add("detected", detected)
         # Simultaneous bands over a dozen layers live at about 2.9 standard errors.
-        for name, critical in (("package", t), ("far", 2.9)):
-            low, high = keep_interval(pair, critical)
+        for name, critical, weight in (("package", t, 1.0), ("far", 2.9, SECOND_ORDER)):
+            low, high = keep_interval(pair, critical, weight)
             add(name, (low <= truth) & (truth <= high))
         add("theta", ratio.theta - truth)
         add("strong", is_strong(pair).all(axis=0))
