@@ -162,17 +162,20 @@ def view_rows(frame: pd.DataFrame, layer: Any) -> list[list[Cell]]:
     for measure, name in VIEWS.items():
         if measure in here.index:
             row = here.loc[measure]
-            cells = [
-                BLANK
-                if missing(row[c])
-                else f"{number(row[c])} {interval(row[f'{c}_lower'], row[f'{c}_upper'])}"
-                for c in ("base", "aligned", "difference")
-            ]
-            rows.append([Cell(name), *(Cell(text) for text in cells)])
+            rows.append(
+                [Cell(name), *(Cell(_with_ends(row, column)) for column in ("base", "aligned", "difference"))]
+            )
     for row in frame[frame["site"] == "text"].to_dict("records"):
         said = f"{number(row['base'])} {interval(row['base_lower'], row['base_upper'])}"
         rows.append([Cell(text) for text in ("AUROC of words alone (no model)", said, BLANK, BLANK)])
     return rows
+
+
+def _with_ends(row: pd.Series, column: str) -> str:
+    """A value and its interval; the interval alone where no value is given."""
+    value, lower, upper = (row[f"{column}{end}"] for end in ("", "_lower", "_upper"))
+    ends = interval(lower, upper)
+    return ends if missing(value) else f"{number(value)} {ends}"
 
 
 def flag_list(frame: pd.DataFrame) -> list[tuple[str, str, str]]:

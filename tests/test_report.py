@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from empathy_probes import pages, plots, report
+from empathy_probes import pages, plots, report, tables
 from empathy_probes.errors import InputError
 
 LAYERS = list(range(-1, 8))
@@ -385,6 +385,22 @@ def test_no_json_can_end_its_script_element() -> None:
 def test_one_known_end_of_an_interval_is_shown_without_the_other() -> None:
     frame = pd.DataFrame({"x": [np.nan], "x_lower": [0.4], "x_upper": [np.nan], "flags": ["at_least"]})
     assert report.tables.table_rows(frame)[0][0].text == "– [0.400, –]"
+
+
+def test_a_view_without_a_value_shows_what_its_interval_excludes() -> None:
+    blank = dict.fromkeys(
+        f"{c}{end}" for c in ("base", "aligned", "difference") for end in ("", "_lower", "_upper")
+    )
+    row = blank | {
+        "measure": "cosine",
+        "layer": 3,
+        "site": "resid_post",
+        "base": 1.0,
+        "base_lower": 1.0,
+        "base_upper": 1.0,
+    }
+    (cells,) = tables.view_rows(pd.DataFrame([row | {"aligned_lower": 0.3, "aligned_upper": 1.0}]), 3)
+    assert [cell.text for cell in cells] == ["cosine of directions", "1.00 [1.00, 1.00]", "[0.30, 1.00]", "–"]
 
 
 def test_the_page_asks_for_nothing_outside_itself(rendered: str) -> None:
