@@ -547,6 +547,19 @@ def test_a_scaled_model_with_an_uncertain_rms_is_missed_on_both_sides_alike(cove
     assert found["set_alone_misses_below"].lower > 0.07 > 0.02 > found["set_alone_misses_above"].upper
 
 
+def test_a_cosine_is_shown_whether_or_not_chance_lifts_a_weak_contrast_and_is_sharp_near_one(
+    coverage: ModuleType,
+):
+    cells = list(coverage.cosine_cell(np.random.default_rng(0), 100, 100, 0.25, 1.0))
+    weak = shares(cells)
+    assert weak["aligned_detected"].upper < 0.25 and weak["shown"].lower > 0.75
+    assert weak["package"].upper > 0.95
+    strong = list(coverage.cosine_cell(np.random.default_rng(1), 100, 100, 0.5, 1.0))
+    assert shares(strong)["package"].upper > 0.95
+    widths = {c.metric: c.value for c in strong if c.value is not None}
+    assert widths["half_width"] < 0.8 * widths["delete_one_half_width"]
+
+
 def test_the_band_covers_all_layers_at_once_and_the_onset_set_the_onset(coverage: ModuleType):
     found = shares(coverage.band_cell(np.random.default_rng(0), 150, 60, 4.0, "step", 199))
     assert found["band"].upper > 0.95 and found["onset_covers"].upper > 0.95
