@@ -95,11 +95,7 @@ def cosine_from_kernels(
     base, aligned, cross = (kernel.astype(float) for kernel in (base, aligned, cross))
     pair = pair_kernels(base, aligned)
     detected = pair.u > t * pair.se
-    (ab, ab_left), *own = (_mean_and_left_out(kernel) for kernel in (cross, base, aligned))
-    value = _cosine(ab, *(u for u, _ in own))
-    left_out = _cosine(ab_left, *(u for _, u in own))
-    spread = left_out - left_out.mean(-1, keepdims=True)
-    reach = t * np.sqrt((n - 1) / n * (spread**2).sum(-1))
+    value, reach = delete_one_cosine(base, aligned, cross)
     same = pair.identical & np.isclose(cross, base, rtol=0, atol=1e-6).all((-2, -1))
     near = detected.any(0) & ~(abs(value) <= NEAR) & ~same
     low, high = np.clip(value - reach, -1, 1), np.clip(value + reach, -1, 1)
@@ -108,6 +104,20 @@ def cosine_from_kernels(
     shown = detected.any(0) & ((low > -1) | (high < 1))
     point = np.where(detected.all(0), np.clip(value, -1, 1), np.nan)
     return Curve(*(np.where(shown, np.where(same, 1.0, x), np.nan) for x in (point, low, high)))
+
+
+def delete_one_cosine(
+    base: Float[np.ndarray, "layer n n"],
+    aligned: Float[np.ndarray, "layer n n"],
+    cross: Float[np.ndarray, "layer n n"],
+) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
+    """The cosine itself and half of its delete-one 95 % interval; kernels as in `cosine_from_kernels`."""
+    n = base.shape[-1]
+    (ab, ab_left), *own = (_mean_and_left_out(kernel) for kernel in (cross, base, aligned))
+    value = _cosine(ab, *(u for u, _ in own))
+    left_out = _cosine(ab_left, *(u for _, u in own))
+    spread = left_out - left_out.mean(-1, keepdims=True)
+    return value, critical_t(n - 1) * np.sqrt((n - 1) / n * (spread**2).sum(-1))
 
 
 def _cosine(ab: np.ndarray, base: np.ndarray, aligned: np.ndarray) -> np.ndarray:

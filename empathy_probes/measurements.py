@@ -145,16 +145,13 @@ class Measurement:
         know nothing (intervals that took probes as given held the truth in .74): there all probes are trained anew
         without each group of scenarios.
         """
-        found, widen = self._jackknife(fitted, read, anew=read != OWN)
-        return fisher_interval(found, widen) if self.kind == "graded" else area_interval(found, widen)
+        return self._interval(*self._jackknife(fitted, read, anew=read != OWN))
 
     def reading_difference(self, first: tuple[int, int], second: tuple[int, int]) -> Curve:
         """Second reading minus the first, each given by the model whose probe it is and what that reads."""
         anew = first[1] != OWN or second[1] != OWN
         (one, widen), (other, _) = self._jackknife(*first, anew=anew), self._jackknife(*second, anew=anew)
-        if self.kind == "graded":
-            return paired_difference(one, other, widen)
-        return area_difference(one, other, self._same(first, second), widen)
+        return self._difference(one, other, self._same(first, second), widen)
 
     def reading_attenuation(self) -> tuple[Curve, Bool[np.ndarray, " layer"]]:
         """What d' of the two models' own AUROC has lost, and where both are at the ceiling; not for grades."""
@@ -177,15 +174,23 @@ class Measurement:
             return leave_one_out_correlations(scores[..., 0, :], self.labels, self.item_units)
         return leave_one_out(scores, self.codes, self.item_units)
 
+    def _interval(self, found: Jackknife, widen: float) -> Curve:
+        return fisher_interval(found, widen) if self.kind == "graded" else area_interval(found, widen)
+
+    def _difference(
+        self, one: Jackknife, other: Jackknife, same: Bool[np.ndarray, " layer"], widen: float
+    ) -> Curve:
+        if self.kind == "graded":
+            return paired_difference(one, other, widen)
+        return area_difference(one, other, same, widen)
+
     def _same(self, first: tuple[int, int], second: tuple[int, int]) -> Bool[np.ndarray, " layer"]:
         return np.asarray((self._scores_of(*first) == self._scores_of(*second)).all((-2, -1)))
 
     @cached_property
     def lexical(self) -> Curve:
         """How well the bag of words tells the labels, at the one place there is."""
-        found = self._leave_one_out(self.text_scores[None])
-        make = fisher_interval if self.kind == "graded" else area_interval
-        return make(found, AREA_FACTOR)
+        return self._interval(self._leave_one_out(self.text_scores[None]), AREA_FACTOR)
 
     def transfer_fails(self, *, mapped: bool) -> Bool[np.ndarray, " layer"]:
         """Where the base's probe surely reads the aligned model worse than the aligned model's own probe does."""
@@ -218,11 +223,9 @@ class Measurement:
     def beats_words(self) -> Bool[np.ndarray, " layer"]:
         """Layers at which the base's probe exceeds the bag of words beyond chance."""
         words = np.broadcast_to(self.text_scores, self.scores[0].shape)
-        pair = [self._leave_one_out(scores) for scores in (words, self.scores[0])]
-        if self.kind == "graded":
-            return paired_difference(pair[0], pair[1], AREA_FACTOR).lower > 0
+        one, other = (self._leave_one_out(scores) for scores in (words, self.scores[0]))
         same = (words == self.scores[0]).all((-2, -1))
-        return area_difference(pair[0], pair[1], same, AREA_FACTOR).lower > 0
+        return self._difference(one, other, same, AREA_FACTOR).lower > 0
 
 
 def measure_concept(

@@ -24,7 +24,7 @@ from scipy.stats import norm
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.controls import build_reference, gap_to
 from empathy_probes.decisions import POWER, Judgement, judge
-from empathy_probes.geometry import cosine_from_kernels
+from empathy_probes.geometry import cosine_from_kernels, delete_one_cosine
 from empathy_probes.kernels import (
     SECOND_ORDER,
     KernelPair,
@@ -318,23 +318,6 @@ def cosine_cell(
             yield Cell("cosine", cell, name, 0, found_all.size, float(np.median(found_all)))
         else:
             yield share("cosine", cell, name, found_all)
-
-
-def delete_one_cosine(
-    base: np.ndarray, aligned: np.ndarray, cross: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """U_ab / sqrt(U_a U_b) and t times its delete-one standard error."""
-    n = base.shape[-1]
-    values, left = [], []
-    for kernel in (cross, base, aligned):
-        off = np.where(np.eye(n, dtype=bool), 0.0, kernel)
-        total = off.sum((-2, -1))
-        values.append(total / (n * (n - 1)))
-        left.append((total[:, None] - off.sum(-1) - off.sum(-2)) / ((n - 1) * (n - 2)))
-    with np.errstate(invalid="ignore"):
-        value, without = (ab / np.sqrt(b * a) for ab, b, a in (values, left))
-    spread = ((without - without.mean(-1, keepdims=True)) ** 2).sum(-1)
-    return value, critical_t(n - 1) * np.sqrt((n - 1) / n * spread)
 
 
 RATIO_GRID = [
