@@ -196,21 +196,21 @@ def _targets(labels: Num[np.ndarray, "contrast n"]) -> Float[np.ndarray, "n cont
     return np.ascontiguousarray((2.0 * labels - 1 if is_binary(labels) else labels.astype(float)).T)
 
 
-def _factor(gram: Float[np.ndarray, "k k"], penalty: float) -> tuple[np.ndarray, bool]:
+def _factor(gram: Float[np.ndarray, "k k"], penalty: float) -> Float[np.ndarray, "k k"]:
     """Cholesky factor of G + λI. A layer on which all texts agree has an empty G: any penalty gives the score 0."""
     shifted = gram.copy()
     shifted.flat[:: len(gram) + 1] += penalty if penalty > 0 else 1.0
     # A symmetric matrix is its transpose, which LAPACK takes as it lies in memory.
-    return cho_factor(shifted.T, overwrite_a=True)
+    return cho_factor(shifted.T, overwrite_a=True)[0]
 
 
 def _apply(
-    factor: tuple[np.ndarray, bool], aim: Float[np.ndarray, "k m"], read: Float[np.ndarray, "test k"]
+    factor: Float[np.ndarray, "k k"], aim: Float[np.ndarray, "k m"], read: Float[np.ndarray, "test k"]
 ) -> Float[np.ndarray, "test m"]:
     """read (G + λI)⁻¹ aim, with as many solves as there are labellings or rows to read, whichever are fewer."""
     if aim.shape[1] <= len(read):
-        return read @ cho_solve(factor, aim)
-    return (aim.T @ cho_solve(factor, read.T)).T
+        return read @ cho_solve((factor, False), aim)
+    return (aim.T @ cho_solve((factor, False), read.T)).T
 
 
 def is_binary(labels: Num[np.ndarray, "..."]) -> bool:

@@ -9,10 +9,10 @@ On a random model of GPT-2 small's shape (12 layers, d 768, vocabulary 50257):
    one row, from the layer on.
 
 Prints seconds of the process's own CPU time (medians of alternating rounds; on one thread that is what the wall clock shows
-on an idle machine, and other programs do not change it), ratios with their range and that of the wall clock, and how far
-the two results are apart.
+on an idle machine, and other programs do not change it; on a GPU the wall clock's), ratios with their range and that of
+the wall clock, and how far the two results are apart.
 
-    python scripts/benchmarks/patching.py [--repeats 3] [--tokens 12] [--prompt 32] [--pairs 2]
+    python scripts/benchmarks/patching.py [--device cuda] [--repeats 3] [--tokens 12] [--prompt 32] [--pairs 2]
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from empathy_probes.sweeps import make_cells, patched_readouts
 from empathy_probes.textpairs import TextPairs, pair_texts
 
 
-def gpt2_small() -> Model:
+def gpt2_small(device: str) -> Model:
     """Random weights, and a tokenizer that is never asked."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -48,7 +48,7 @@ def gpt2_small() -> Model:
     torch.manual_seed(0)
     inner = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="<eos>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<eos>", eos_token="<eos>")
-    return load_model((GPT2LMHeadModel(GPT2Config()).eval(), tokenizer), device="cpu", copy=False)
+    return load_model((GPT2LMHeadModel(GPT2Config()).eval(), tokenizer), device=device, copy=False)
 
 
 def make_pairs(n: int, tokens: int, kind: str, continuation: int = 6) -> TextPairs:
@@ -73,8 +73,8 @@ def make_pairs(n: int, tokens: int, kind: str, continuation: int = 6) -> TextPai
     return pair_texts(asked, stimuli_from_rows(rows, "random"))
 
 
-def ids(pairs: TextPairs, items: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor([pairs.asked.prompts[i] for i in items])
+def ids(model: Model, pairs: TextPairs, items: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor([pairs.asked.prompts[i] for i in items], device=model.device)
 
 
 def helper_sweep(model: Model, pairs: TextPairs) -> np.ndarray:
@@ -82,12 +82,12 @@ def helper_sweep(model: Model, pairs: TextPairs) -> np.ndarray:
     good, bad = pairs.asked.expressive[0][0], pairs.asked.attenuated[0][0]
     with torch.inference_mode():
         _, cache = model.bridge.run_with_cache(
-            ids(pairs, pairs.clean),
+            ids(model, pairs, pairs.clean),
             names_filter=lambda name: name.endswith("hook_resid_pre") or name.endswith("hook_in"),
         )
         return helpers.get_act_patch_resid_pre(
-            model.bridge, ids(pairs, pairs.corrupted), cache, lambda logits: (logits[:, -1, good] - logits[:, -1, bad]).mean()
-        ).numpy()  # fmt: skip
+            model.bridge, ids(model, pairs, pairs.corrupted), cache, lambda logits: (logits[:, -1, good] - logits[:, -1, bad]).mean()
+        ).cpu().numpy()  # fmt: skip
 
 
 def our_sweep(model: Model, pairs: TextPairs) -> np.ndarray:
@@ -104,10 +104,10 @@ def layers_by_hand(model: Model, pairs: TextPairs) -> np.ndarray:
     found = np.zeros((n, len(pairs.clean)))
     end = len(asked.prompts[0]) - 1
     with torch.inference_mode():
-        _, cache = model.bridge.run_with_cache(ids(pairs, pairs.clean))
+        _, cache = model.bridge.run_with_cache(ids(model, pairs, pairs.clean))
         for layer in range(n):
             for side, sign in ((asked.expressive, 1), (asked.attenuated, -1)):
-                rows = pad_tokens([(*asked.prompts[i], *side[i]) for i in pairs.corrupted]).ids
+                rows = pad_tokens([(*asked.prompts[i], *side[i]) for i in pairs.corrupted], model.device).ids
 
                 def put(state: torch.Tensor, hook: object, layer: int = layer) -> torch.Tensor:
                     state = state.clone()
@@ -118,7 +118,7 @@ def layers_by_hand(model: Model, pairs: TextPairs) -> np.ndarray:
                     rows, fwd_hooks=[(f"blocks.{layer}.hook_resid_post", put)]
                 )
                 logp = logits[:, end:-1].log_softmax(-1).gather(-1, rows[:, end + 1 :, None])[..., 0].mean(-1)
-                found[layer] += sign * logp.numpy()
+                found[layer] += sign * logp.cpu().numpy()
     return found
 
 
@@ -133,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=12, help="of a prompt in the layer × position sweep")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt in the sweep over layers")
@@ -140,10 +141,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = gpt2_small()
+    model = gpt2_small(args.device)
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
     print(
         f"{platform.machine()} {platform.processor() or platform.system()}, {os.cpu_count()} cores, {args.threads} thread(s), "
-        f"torch {torch.__version__}; {model.n_layers} layers × {model.d_model}, vocabulary {model.d_vocab}, float32"
+        f"torch {torch.__version__}; {model.n_layers} layers × {model.d_model}, vocabulary {model.d_vocab}, float32, {args.device}"
     )
     cases = []
     for n in (1, args.pairs):
@@ -162,10 +164,10 @@ def main() -> None:
         walls: dict[str, list[float]] = {"theirs": [], "ours": []}
         for repeat in range(args.repeats + 1):  # the first round warms both up
             for name, way in (("theirs", theirs), ("ours", ours)):
-                started, wall = time.process_time(), time.perf_counter()
+                started, wall = clock(), time.perf_counter()
                 result = way(model, pairs)
                 if repeat:
-                    seconds[name].append(time.process_time() - started)
+                    seconds[name].append(clock() - started)
                     walls[name].append(time.perf_counter() - wall)
                 if name == "theirs":
                     expected = result
