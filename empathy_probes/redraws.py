@@ -207,7 +207,7 @@ def holds(
     strength: Bool[np.ndarray, "*#batch"],
     share: Bool[np.ndarray, "*#batch"],
 ) -> Bool[np.ndarray, "*batch"]:
-    """Which intervals hold the truth; an end that is open (NaN) or cut off holds everything on its side.
+    """Which intervals hold the truth; an end that is open (NaN) holds everything on its side, one at a bound all up to it.
 
     Args:
         truth: what is estimated.
@@ -219,10 +219,9 @@ def holds(
     value, lower, upper = np.moveaxis(intervals.astype(np.float64), -1, 0)
     shorter = np.sqrt(1 - drawn)
     centre = np.where(np.isnan(value), (lower + upper) / 2, value)
-    open_low = np.isnan(lower) | (strength & (lower == 0))
-    open_high = np.isnan(upper) | (share & (upper >= 1))
-    low = np.where(open_low, -np.inf, centre - shorter * (centre - lower))
-    high = np.where(open_high, np.inf, centre + shorter * (upper - centre))
+    low = np.where(strength & (lower == 0), lower, centre - shorter * (centre - lower))
+    high = np.where(share & (upper >= 1), upper, centre + shorter * (upper - centre))
+    low, high = np.where(np.isnan(lower), -np.inf, low), np.where(np.isnan(upper), np.inf, high)
     slack = 1e-6  # float32 in the stored ends, and rounding where nothing differs
     return (low - slack <= truth) & (truth <= high + slack)
 

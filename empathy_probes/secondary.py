@@ -72,7 +72,9 @@ class Readings:
     def covers(self) -> Bool[np.ndarray, "redraw measure"]:
         """Which intervals hold the truth; an open end holds everything on its side."""
         strength = np.array([m == "d_prime" and column != "attenuation" for m, column in MEASURES])
-        share = np.array([m.startswith("cosine") for m, _ in MEASURES])
+        share = np.array(
+            [m.startswith("cosine") or (m, c) == ("d_prime", "attenuation") for m, c in MEASURES]
+        )
         return holds(self.truth, self.values, self.n / self.population, strength, share)
 
 

@@ -32,7 +32,7 @@ from empathy_probes.planting import FAMILIES, TRAINED, list_bases
 from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, redraw
 from empathy_probes.scorecard import METRIC_WORDS, METRICS, Case, Scorecard, Target, load_scorecard, score
 from empathy_probes.scorepage import render_scorecard, write_scorecard
-from empathy_probes.secondary import MEASURES, Exhibit, proportions, read_redraws
+from empathy_probes.secondary import MEASURES, Exhibit, Readings, proportions, read_redraws
 from empathy_probes.stats import Estimate
 
 LAYERS, WIDTH, MANY = 4, 24, 900
@@ -366,6 +366,14 @@ def test_secondary_measures_hold_their_truth_and_miss_another_one(exhibit: Exhib
         assert proportions([moved], index).mean() < 0.2, measure
     with pytest.raises(InputError, match="too few to draw 300"):
         read_redraws(exhibit, 300, 2)
+
+
+def test_an_interval_up_to_all_of_it_holds_all_of_it_also_of_a_finite_population() -> None:
+    index = MEASURES.index(("d_prime", "attenuation"))
+    values = np.full((2, len(MEASURES), 3), np.nan, np.float32)
+    values[:, index] = [[0.8, 0.6, 1.0], [0.8, 0.6, 0.9]]
+    readings = Readings(40, 80, np.ones(len(MEASURES)), values)
+    assert readings.covers()[:, index].tolist() == [True, False]
 
 
 def test_the_scorecard_has_rows_of_secondary_measures(tmp_path: Path) -> None:
