@@ -67,8 +67,8 @@ def left_out_scores(
     a, *b = (np.swapaxes(np.asarray(x, np.float64), 0, 1) for x in (fitted, *reads))
     n = len(folds)
     few_columns = a.shape[2] < min((folds != fold).sum() for fold in np.unique(folds))
-    gram = None if few_columns else _products(a, a)
-    cross = None if few_columns else np.concatenate([_products(x, a) for x in b], 1)
+    gram = None if few_columns else a @ np.swapaxes(a, 1, 2)
+    cross = None if gram is None else np.concatenate([_products(x, a, gram) for x in b], 1)
     found = []
     for group in np.unique(groups):
         kept = np.flatnonzero(groups != group)
@@ -112,17 +112,21 @@ def shared_scores(
     b = a if read is fitted else np.swapaxes(np.asarray(read, np.float64), 0, 1)
     if a.shape[2] < min((folds != fold).sum() for fold in np.unique(folds)):
         return _few_columns(a, b, labellings, folds)
-    gram = _products(a, a)
-    cross = None if read is fitted else _products(b, a)
+    gram = a @ np.swapaxes(a, 1, 2)
+    cross = None if read is fitted else _products(b, a, gram)
     return [_scores(gram, cross, labels, folds) for labels in labellings]
 
 
 def _products(
-    read: Float[np.ndarray, "layer n d"], fitted: Float[np.ndarray, "layer n d"]
+    read: Float[np.ndarray, "layer n d"],
+    fitted: Float[np.ndarray, "layer n d"],
+    gram: Float[np.ndarray, "layer n n"],
 ) -> Float[np.ndarray, "layer n n"]:
-    """Inner products, of equal states to the last bit alike: BLAS may multiply a matrix by itself in another way than by its copy."""
-    read = fitted if np.array_equal(read, fitted) else read
-    return read @ np.swapaxes(fitted, 1, 2)
+    """Inner products of states read with those fitted on, whose own are `gram`.
+
+    Equal states have the same to the last bit: BLAS may multiply a matrix by itself in another way than by its copy.
+    """
+    return gram if np.array_equal(read, fitted) else read @ np.swapaxes(fitted, 1, 2)
 
 
 def _scores(

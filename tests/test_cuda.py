@@ -1,4 +1,4 @@
-"""The same study on a GPU and on the CPU: every verb, beside one another. Skipped where torch sees no CUDA device."""
+"""The verbs of a study on a GPU and on the CPU, beside one another. Skipped where torch sees no CUDA device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def same(here: pd.DataFrame, there: pd.DataFrame, close: float = CLOSE) -> None:
+def assert_same(here: pd.DataFrame, there: pd.DataFrame) -> None:
     """Both tables say the same: words exactly, numbers closely."""
     assert list(here.columns) == list(there.columns)
     assert len(here) == len(there)
@@ -29,7 +29,7 @@ def same(here: pd.DataFrame, there: pd.DataFrame, close: float = CLOSE) -> None:
         first, second = here[column].reset_index(drop=True), there[column].reset_index(drop=True)
         if pd.api.types.is_float_dtype(first):
             scale = max([1.0, *first[np.isfinite(first)].abs()])
-            np.testing.assert_allclose(second, first, rtol=0, atol=close * scale, err_msg=column)
+            np.testing.assert_allclose(second, first, rtol=0, atol=CLOSE * scale, err_msg=column)
         else:
             pd.testing.assert_series_equal(first, second, check_names=False)
 
@@ -71,10 +71,10 @@ def test_a_gpu_measures_what_the_cpu_measures(verb: str, pairs: tuple[Any, Any])
         VERBS[verb](pair, targets[:1], controls, f"memory://cuda-{verb}-{pair.base.name}-{i}").to_frame()
         for i, pair in enumerate(pairs)
     )
-    same(here, there)
+    assert_same(here, there)
 
 
-def test_a_vector_steers_on_a_gpu_as_on_the_cpu(pairs: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_vector_steers_on_a_gpu_as_on_the_cpu(pairs: tuple[Any, Any]) -> None:
     targets, controls = ep.load_phantom_concepts(40)
     finding = ep.measure_attenuation(
         pairs[0], targets[:1], controls, template="raw", store="memory://cuda-vector"
