@@ -35,7 +35,7 @@ class NeutralMap:
 
     def turn(self, rows: Float[np.ndarray, "n layer d_model"]) -> Float[np.ndarray, "n layer d_model"]:
         """Differences of base states as differences of aligned ones."""
-        return np.einsum("nlr,ldr->nld", np.einsum("nld,ldr->nlr", rows, self.left), self.right)
+        return _turn(rows, self.left, self.right)
 
     def forward(self, rows: Float[np.ndarray, "n layer d_model"]) -> Float[np.ndarray, "n layer d_model"]:
         """Base states (in units of the rms) as aligned ones."""
@@ -43,8 +43,7 @@ class NeutralMap:
 
     def backward(self, rows: Float[np.ndarray, "n layer d_model"]) -> Float[np.ndarray, "n layer d_model"]:
         """Aligned states as base ones."""
-        turned = np.einsum("nld,ldr->nlr", rows - self.centres[1], self.right)
-        return np.einsum("nlr,ldr->nld", turned, self.left) + self.centres[0]
+        return _turn(rows - self.centres[1], self.right, self.left) + self.centres[0]
 
 
 def fit_map(
@@ -53,7 +52,7 @@ def fit_map(
     """Fit the map on the same neutral texts in both models, each in units of its own rms."""
     m, n_layers, d = base.shape
     centres = np.stack([base.mean(0), aligned.mean(0)])
-    fitted = [_rotation(base[:, i] - centres[0, i], aligned[:, i] - centres[1, i]) for i in range(n_layers)]
+    fitted = [fit_rotation(base[:, i], aligned[:, i]) for i in range(n_layers)]
     left, right = (np.stack(side) for side in zip(*fitted, strict=True))
     fold = np.arange(m) % N_FOLDS
     missed, total = np.zeros(n_layers), np.zeros(n_layers)
@@ -61,7 +60,7 @@ def fit_map(
         train, test = fold != held_out, fold == held_out
         for i in range(n_layers):
             means = base[train, i].mean(0), aligned[train, i].mean(0)
-            u, v = _rotation(base[train, i] - means[0], aligned[train, i] - means[1])
+            u, v = fit_rotation(base[train, i], aligned[train, i])
             rest = aligned[test, i] - means[1]
             missed[i] += ((rest - (base[test, i] - means[0]) @ u @ v.T) ** 2).sum()
             total[i] += (rest**2).sum()
@@ -69,12 +68,20 @@ def fit_map(
     return NeutralMap(left, right, centres, error, m <= d)
 
 
-def _rotation(base: np.ndarray, aligned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two orthonormal factors of the Procrustes rotation, of rank min(texts, d_model)."""
-    if len(base) >= base.shape[1]:
-        u, _, vt = np.linalg.svd(base.T @ aligned)
-        return u, vt.T
-    # base' aligned has the texts' rank: its decomposition follows from the thin factors of both.
-    (q, r), (p, s) = np.linalg.qr(base.T), np.linalg.qr(aligned.T)
-    u, _, vt = np.linalg.svd(r @ s.T)
-    return q @ u, p @ vt.T
+def _turn(rows: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.moveaxis(np.moveaxis(rows, 1, 0) @ left @ np.swapaxes(right, -1, -2), 0, 1)
+
+
+def fit_rotation(
+    base: Float[np.ndarray, "m d_model"], aligned: Float[np.ndarray, "m d_model"]
+) -> tuple[Float[np.ndarray, "d_model rank"], Float[np.ndarray, "d_model rank"]]:
+    """The two orthonormal factors of the Procrustes rotation at one layer, of rank min(texts, d_model)."""
+    base, aligned = base - base.mean(0), aligned - aligned.mean(0)
+    q = p = np.eye(base.shape[1])
+    r, s = base.T, aligned.T
+    if len(base) < base.shape[1]:
+        # base' aligned has the texts' rank: its decomposition follows from the thin factors of both.
+        (q, r), (p, s) = np.linalg.qr(base.T), np.linalg.qr(aligned.T)
+    u, size, vt = np.linalg.svd(r @ s.T)
+    # Centred texts span one dimension less than there are texts: that pair of axes is what rounding made of nothing.
+    return q @ u * (size > 1e-10 * size.max()), p @ vt.T

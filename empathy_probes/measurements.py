@@ -28,7 +28,7 @@ from empathy_probes.coding import (
 from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.errors import InputError
-from empathy_probes.geometry import transfer, whitened_kernels, whitening_covariance
+from empathy_probes.geometry import map_variance, transfer, whitened_kernels, whitening_covariance
 from empathy_probes.kernels import cross_kernels, strength_kernels
 from empathy_probes.nulls import DRAWS, direction_gaps, largest_p, permutation_null
 from empathy_probes.probes import (
@@ -73,6 +73,8 @@ class Views:
     """Covariance of the two U of `whitened` that comes from the choice of neutral texts."""
     cross: Float[np.ndarray, "mapped=2 layer n n"]
     """<D_base,s, D_aligned,t>: as the states are, and with the base's carried over by the neutral-text map."""
+    mapping: Float[np.ndarray, " layer"]
+    """Variance of the U of the mapped `cross` that comes from the choice of neutral texts."""
     losses: Float[np.ndarray, "model=2 layer unit"]
     """Log-loss in bits of a nested probe, per scenario."""
     fine_losses: Float[np.ndarray, "model=2 layer fine_unit"]
@@ -395,6 +397,9 @@ def _views(
         whitened=both(whitened),
         whitening=whitening,
         cross=np.ascontiguousarray(cross, np.float32),
+        mapping=np.zeros(len(cross[0]))
+        if same_model
+        else map_variance((differences[0], differences[1]), (neutral[0], neutral[1])),
         losses=both(losses),
         fine_losses=both(fine_losses),
         transfer=np.ascontiguousarray([plain, mapped]),

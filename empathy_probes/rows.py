@@ -268,7 +268,8 @@ def cosine_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[dic
     one = np.ones(len(m.layers))
     rows: list[dict[str, Any]] = []
     for mapped, name in enumerate(("cosine", "cosine_mapped")):
-        cosine = cosine_from_kernels(base, aligned, m.views.cross[mapped].astype(float))
+        extra = m.views.mapping if mapped else None
+        cosine = cosine_from_kernels(base, aligned, m.views.cross[mapped].astype(float), extra)
         cosine = Curve(one, one, one) if m.same_model else cosine
         difference = Curve(cosine.value - 1, cosine.lower - 1, cosine.upper - 1)
         known = ~np.isnan(cosine.value)

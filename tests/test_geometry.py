@@ -8,7 +8,7 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.covariance import LedoitWolf
 
 from empathy_probes.alignment import fit_map
-from empathy_probes.geometry import cosine_from_kernels, transfer, whitened_kernels
+from empathy_probes.geometry import cosine_from_kernels, map_variance, transfer, whitened_kernels
 from empathy_probes.kernels import cross_kernels, strength_kernels, u_statistic
 from empathy_probes.stats import auroc, grouped_folds
 
@@ -71,6 +71,42 @@ def test_the_cosine_is_blank_where_one_model_shows_nothing() -> None:
     one = np.ones((50, 1))
     c = cosine_from_kernels(strength_kernels(a, one), strength_kernels(b, one), cross_kernels(a, b, one, one))
     assert np.isnan(c.value).all()
+
+
+def test_a_mapped_cosine_errs_with_the_neutral_texts_too() -> None:
+    """Many scenarios say exactly where the contrast is, few neutral texts say only roughly where to look for it."""
+    rng = np.random.default_rng(8)
+    q, contrast = turn(2), 2 * np.eye(WIDTH)[0]
+    one = np.ones((200, 1))
+    values, curves = [], []
+    for _ in range(200):
+        x = rng.standard_normal((60, 1, WIDTH))
+        y = x @ q + rng.standard_normal((60, 1, WIDTH))
+        base = contrast + 0.5 * rng.standard_normal((200, 1, WIDTH))
+        aligned = contrast @ q + 0.5 * rng.standard_normal((200, 1, WIDTH))
+        cross = cross_kernels(fit_map(x, y).turn(base), aligned, one, one)
+        kernels = strength_kernels(base, one), strength_kernels(aligned, one)
+        extra = map_variance((base[None], aligned[None]), (x, y))
+        curves.append([cosine_from_kernels(*kernels, cross, more) for more in (None, extra)])
+        values.append(curves[-1][0].value[0])
+    truth = np.mean(values)
+    held = np.mean([[c.lower[0] <= truth <= c.upper[0] for c in pair] for pair in curves], axis=0)
+    assert 0.5 < truth < 0.99 and held[0] < 0.7
+    assert 0.92 <= held[1] <= 1
+
+
+def test_the_error_of_a_map_is_the_same_in_its_span() -> None:
+    """With fewer neutral texts than dimensions: the maps written out."""
+    rng = np.random.default_rng(9)
+    x, y = rng.standard_normal((2, 9, 1, WIDTH))
+    base, aligned = rng.standard_normal((2, 30, 1, WIDTH))
+    values = []
+    for g in range(10):
+        kept = np.arange(9) % 10 != g
+        turned = fit_map(x[kept], y[kept]).turn(base)[:, 0]
+        values.append(u_statistic((turned @ aligned[:, 0].T)[None]).value[0])
+    variance = 0.9 * ((np.array(values) - np.mean(values)) ** 2).sum()
+    np.testing.assert_allclose(map_variance((base[None], aligned[None]), (x, y)), variance, rtol=1e-9)
 
 
 def test_the_map_finds_a_rotation_and_knows_its_error() -> None:
