@@ -127,6 +127,7 @@ def _add_calibrate(commands: Any, anywhere: argparse.ArgumentParser) -> None:
     calibrate.add_argument(
         "--phantoms", metavar="DIR", help="more bases, as scripts/build_phantoms.py writes them"
     )
+    calibrate.add_argument("--bases", nargs="+", metavar="BASE", help="only these, such as llama-0 gpt2-1")
     calibrate.add_argument("--redraws", type=int, default=1000, help="per cell (default %(default)s)")
     calibrate.add_argument("--workers", type=int, help="processes (default: one per core)")
     calibrate.add_argument("--seed", type=int, default=0)

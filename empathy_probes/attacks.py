@@ -19,7 +19,7 @@ from empathy_probes.measurements import measure_concept
 from empathy_probes.nulls import direction_gaps
 from empathy_probes.probes import N_FOLDS, lexical_scores
 from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrasts_of, redraw
-from empathy_probes.scorecard import Row, Target, mean_row, proportion_row
+from empathy_probes.scorecard import MADE_UP, Row, Target, mean_row, proportion_row
 from empathy_probes.secondary import Exhibit
 from empathy_probes.stats import auroc_interval, critical_t, grouped_folds
 
@@ -217,7 +217,7 @@ def _ablations(
 
 def null_rows(draws: int, seed: int) -> tuple[Row, ...]:
     """Isotropic instead of covariance-matched random directions; on made-up states, because a phantom's vary about evenly."""
-    name, said = "ablation: {} random directions", ("made-up states", "", 60, "false_alarm")
+    name, said = "ablation: {} random directions", (MADE_UP, "", 60, "false_alarm")
     isotropic, matched = (dominant_direction(i, draws, seed) for i in (True, False))
     return (
         proportion_row(name.format("isotropic"), *said, isotropic),

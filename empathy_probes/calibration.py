@@ -124,6 +124,7 @@ def calibrate(
     *,
     quick: bool = False,
     phantoms: str | Path | None = None,
+    bases: Sequence[str] | None = None,
     redraws: int = 1000,
     workers: int | None = None,
     seed: int = 0,
@@ -135,6 +136,7 @@ def calibrate(
         quick: a few twins of the shipped bases, few redraws: minutes.
         phantoms: folder that `scripts/build_phantoms.py --out` wrote; its bases and trained twins are used beside the
             shipped ones.
+        bases: only these of them; scorecards of different bases can be `pooled`.
         redraws: scenario samples per cell and n, shared out among the cell's pairs.
         workers: processes; one per core by default.
         seed: of scenarios, samples and draws.
@@ -148,12 +150,19 @@ def calibrate(
         )
     if workers is not None and workers < 1:
         raise InputError(f"workers got {workers}, expected at least 1; leave it out for one per core")
+    there = list_bases(None if quick else phantoms)
+    missing = [name for name in bases or () if name not in there]
+    if missing:
+        raise InputError(
+            f"there is no base '{missing[0]}', expected some of {', '.join(there)}; build it, or choose another"
+        )
+    if bases:
+        there = {name: path for name, path in there.items() if name in bases}
     if quick:
-        twins = quick_twins(list(list_bases()))
+        twins = quick_twins(list(there))
         options = Options(twins, QUICK_SIZES, 500, 200, min(redraws, 80), seed=seed)
     else:
-        bases = list_bases(phantoms)
-        twins = tuple(twin for twin in full_twins(list(bases)) if has_twin(bases[twin.base], twin.family))
+        twins = tuple(twin for twin in full_twins(list(there)) if has_twin(there[twin.base], twin.family))
         options = Options(twins, redraws=redraws, seed=seed, attack_redraws=min(redraws, 200),
                           measure_redraws=min(max(redraws // 5, 20), 200),
                           rehearsal_redraws=min(redraws, 100))  # fmt: skip

@@ -335,7 +335,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     from empathy_probes.scorepage import write_scorecard
 
     card = calibrate(
-        args.out, quick=args.quick, phantoms=args.phantoms, redraws=args.redraws, workers=args.workers, seed=args.seed
+        args.out, quick=args.quick, phantoms=args.phantoms, bases=args.bases, redraws=args.redraws, workers=args.workers,
+        seed=args.seed,
     )  # fmt: skip
     page = write_scorecard(card, Path(args.out) / "scorecard.html")
     judged = [row for row in card.rows if row.met is not None]

@@ -32,6 +32,8 @@ ATTENUATED, AMPLIFIED, EQUIVALENT = (DECISIONS.index(w) for w in ("attenuated", 
 MARGIN = 0.10
 # Strength from which on a block of a phantom is said to carry a concept.
 CARRIED = 0.1
+# Architecture of rows that are about no base.
+MADE_UP = "made-up states"
 # Twins whose residual stream holds exactly what their base's does: everything must be equivalent.
 EXACT = ("identical", "rotated", "rescaled", "unsaid")
 
@@ -75,6 +77,16 @@ class Target:
         if np.isinf(self.least):
             return f"≤ {self.most:g}"
         return f"≥ {self.least:g}" if np.isinf(self.most) else f"{self.least:g} to {self.most:g}"
+
+    @staticmethod
+    def read(text: str, metric: str) -> Target | None:
+        """The target that a row of this metric names."""
+        if not text:
+            return None
+        ends = [float(part) for part in text.strip("≤≥ ").split(" to ")]
+        least = -np.inf if text.startswith("≤") else ends[0]
+        most = np.inf if text.startswith("≥") else ends[-1]
+        return Target(least, most, consistent=metric.startswith("coverage_") or metric == "false_alarm")
 
     def met_by(self, estimate: Estimate) -> bool:
         """Whether the estimate, or where that is enough its interval, reaches into the target."""
@@ -305,6 +317,8 @@ class Row:
     target: str
     """Blank for a number that is only reported."""
     met: bool | None
+    redraws: int = 0
+    """Behind the value; 0 in a card that was made before they were counted."""
 
 
 @dataclass(frozen=True)
@@ -342,6 +356,30 @@ class Scorecard:
             smallest=("value", "min"), median=("value", "median"), largest=("value", "max"), cells=("value", "size"),
             met=("met", "sum"),
         ).reset_index()  # fmt: skip
+
+    def pooled(self, other: Scorecard) -> Scorecard:
+        """This card and one of other bases, made on another machine or another day, as if both had been one run.
+
+        Raises:
+            InputError: the two have a base in common or differ in what was asked of them, or one does not count its redraws.
+        """
+        mine, theirs = self.provenance, other.provenance
+        common = sorted(set(mine["bases"]) & set(theirs["bases"]))
+        if common:
+            raise InputError(
+                f"both scorecards measure {common[0]}, expected different bases; pool each base once"
+            )
+        for name in ("version", "population", "others", "draws", "nuisance", "doubt", "seed", "sizes"):
+            if mine[name] != theirs[name]:
+                raise InputError(
+                    f"{name} of the scorecards is {mine[name]} and {theirs[name]}, expected equal ones; make both alike"
+                )
+        cells: dict[tuple[str | int, ...], list[Row]] = {}
+        for row in (*self.rows, *other.rows):
+            cells.setdefault((row.family, row.architecture, row.concept, row.n, row.metric), []).append(row)
+        added = {name: mine[name] + theirs[name] for name in ("redraws", "bases", "pairs")}
+        code = list(dict.fromkeys([*mine.get("code", ()), *theirs.get("code", ())]))
+        return Scorecard(tuple(map(_pool, cells.values())), {**mine, **added, "code": code})
 
     def save(self, folder: str | Path) -> None:
         """Write `scorecard.json` and `scorecard.csv`."""
@@ -409,8 +447,7 @@ def score(cases: Sequence[Case]) -> tuple[Row, ...]:
                 binomial_interval(int(entries.sum()), len(entries)) if metric.proportion else _mean(entries)
             )
             if name == "rmse":
-                roots = np.sqrt(np.maximum([estimate.value, estimate.lower, estimate.upper], 0)).tolist()
-                estimate = Estimate(roots[0], roots[1], roots[2], estimate.n)
+                estimate = _roots(estimate)
             target = metric.target(members[0])
             rows.append(_row(family, architecture, concept, n, name, estimate, target))
     return (*rows, *_two_sided_rows(cases))
@@ -470,7 +507,44 @@ def _row(
         estimate.upper,
         str(target or ""),
         met,
+        estimate.n,
     )
+
+
+def _pool(rows: Sequence[Row]) -> Row:
+    """One row from those of one cell in several cards."""
+    first, counts = rows[0], np.array([float(row.redraws) for row in rows])
+    if len(rows) == 1 or first.architecture == MADE_UP:  # the same draws in every card
+        return first
+    if (counts < 2).any():
+        raise InputError(
+            f"the scorecard does not say how many redraws are behind {first.metric} of {first.family}, expected a number; make it again"
+        )
+    metric = METRICS.get(first.metric)
+    square = first.metric == "rmse"
+    values, upper = (
+        np.array([getattr(row, name) for row in rows]) ** (1 + square) for name in ("value", "upper")
+    )
+    total = int(counts.sum())
+    centre = float((counts * values).sum() / total)
+    if metric is None or metric.proportion:
+        estimate = binomial_interval(round(centre * total), total)
+    else:
+        spread = (
+            counts * (counts - 1) * ((upper - values) / critical_t(counts - 1)) ** 2
+            + counts * (values - centre) ** 2
+        )
+        reach = float(critical_t(total - 1) * np.sqrt(spread.sum() / (total - 1) / total))
+        estimate = Estimate(centre, centre - reach, centre + reach, total)
+    if square:
+        estimate = _roots(estimate)
+    target = Target.read(first.target, first.metric)
+    return _row(first.family, first.architecture, first.concept, first.n, first.metric, estimate, target)
+
+
+def _roots(estimate: Estimate) -> Estimate:
+    value, lower, upper = np.sqrt(np.maximum([estimate.value, estimate.lower, estimate.upper], 0)).tolist()
+    return Estimate(value, lower, upper, estimate.n)
 
 
 def _mean(entries: Float[np.ndarray, " n"]) -> Estimate:

@@ -268,6 +268,36 @@ def test_the_shipped_scorecard_sums_up_as_its_rows_do() -> None:
     assert (row["smallest"], row["median"], row["largest"]) == (min(cells), np.median(cells), max(cells))
 
 
+def test_scorecards_of_different_bases_pool_to_that_of_one_run(case: Case) -> None:
+    provenance = {"version": "0", "redraws": 30, "population": 900, "others": 900, "draws": 1000, "nuisance": 0.5,
+                  "doubt": 0.2, "seed": 0, "sizes": [60], "bases": ["one-0"], "pairs": 1}  # fmt: skip
+    o = case.outcomes
+    fields = ("curves", "decisions", "minimum_detectable", "onset", "onset_none")
+    parts = [replace(case, outcomes=replace(o, **{name: getattr(o, name)[part] for name in fields}))
+             for part in (slice(0, 25), slice(25, None))]  # fmt: skip
+    first, second = (
+        Scorecard(score([part]), {**provenance, "bases": [f"one-{i}"]}) for i, part in enumerate(parts)
+    )
+    pooled, whole = first.pooled(second), Scorecard(score(parts), provenance)
+    assert len(pooled.rows) == len(whole.rows) > 10 and pooled.provenance["bases"] == ["one-0", "one-1"]
+    for row, right in zip(pooled.rows, whole.rows, strict=True):
+        assert (row.metric, row.target, row.met, row.redraws) == (
+            right.metric,
+            right.target,
+            right.met,
+            right.redraws,
+        )
+        numbers = [[getattr(r, name) for name in ("value", "lower", "upper")] for r in (row, right)]
+        np.testing.assert_allclose(numbers[0], numbers[1], rtol=1e-6, atol=1e-9)
+    with pytest.raises(InputError, match="both scorecards measure one-0"):
+        first.pooled(first)
+    with pytest.raises(InputError, match="seed of the scorecards is 0 and 1"):
+        first.pooled(replace(second, provenance={**second.provenance, "seed": 1}))
+    uncounted = tuple(replace(row, redraws=0) for row in second.rows)
+    with pytest.raises(InputError, match="does not say how many redraws"):
+        first.pooled(replace(second, rows=uncounted))
+
+
 def test_a_foreign_file_is_no_scorecard(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no scorecard at"):
         load_scorecard(tmp_path / "scorecard.json")
@@ -324,6 +354,8 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, int
         calibrate(tmp_path / "x", **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no phantom bases"):
         list_bases(tmp_path)
+    with pytest.raises(InputError, match="no base 'llama-9', expected some of gpt2-0, llama-0"):
+        calibrate(tmp_path / "x", bases=["llama-9"])
 
 
 # ---------------------------------------------------------------- secondary measures

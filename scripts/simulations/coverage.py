@@ -21,13 +21,15 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import norm
 
+from empathy_probes.alignment import fit_map
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.controls import build_reference, gap_to
 from empathy_probes.decisions import POWER, Judgement, judge
-from empathy_probes.geometry import cosine_from_kernels, delete_one_cosine
+from empathy_probes.geometry import cosine_from_kernels, delete_one_cosine, map_variance
 from empathy_probes.kernels import (
     SECOND_ORDER,
     KernelPair,
+    cross_kernels,
     fieller,
     is_strong,
     keep_interval,
@@ -318,6 +320,36 @@ def cosine_cell(
             yield Cell("cosine", cell, name, 0, found_all.size, float(np.median(found_all)))
         else:
             yield share("cosine", cell, name, found_all)
+
+
+def mapped_cell(
+    rng: np.random.Generator, replicates: int, n: int, texts: int, cosine: float
+) -> Iterator[Cell]:
+    """Coverage of the cosine after the neutral-text map, with the map's own error and without; truth is the mean estimate."""
+    turn = np.linalg.qr(rng.standard_normal((DIMENSIONS, DIMENSIONS)))[0]
+    place = np.zeros((2, DIMENSIONS))
+    place[0, 3], place[1, 3], place[1, 4] = 0.75, 0.75 * cosine, 0.75 * np.sqrt(1 - cosine**2)
+    one, found = np.ones((n, 1)), []
+    for _ in range(replicates):
+        neutral = rng.standard_normal((texts, 1, DIMENSIONS))
+        moved = neutral @ turn + rng.standard_normal(neutral.shape) / 2
+        common, fresh = (noise(rng, (n, 1, DIMENSIONS), 4.46, False) for _ in range(2))
+        base = place[0] + common
+        aligned = (place[1] + MODEL_CORRELATION * common + np.sqrt(1 - MODEL_CORRELATION**2) * fresh) @ turn
+        cross = cross_kernels(fit_map(neutral, moved).turn(base), aligned, one, one)
+        kernels = strength_kernels(base, one), strength_kernels(aligned, one), cross
+        extra = map_variance((base[None], aligned[None]), (neutral, moved))
+        curves = [cosine_from_kernels(*kernels, more) for more in (extra, None)]
+        found.append([[curve.value[0], curve.lower[0], curve.upper[0]] for curve in curves])
+    value, lower, upper = np.moveaxis(np.array(found), -1, 0)
+    truth = np.nanmean(value)
+    cell = f"n={n},texts={texts},cosine={cosine}"
+    yield Cell("mapped", cell, "truth", 0, replicates, float(truth))
+    for i, name in enumerate(("package", "map_taken_as_known")):
+        shown = ~np.isnan(lower[:, i])
+        yield share("mapped", cell, name, ((lower <= truth) & (truth <= upper))[shown, i])
+        width = np.median((upper - lower)[shown, i]) / 2
+        yield Cell("mapped", cell, f"{name}_half_width", 0, int(shown.sum()), float(width))
 
 
 RATIO_GRID = [
@@ -655,6 +687,12 @@ def tables(replicates: int, quick: bool) -> dict[str, list[Callable[[np.random.G
             partial(together_cell, replicates=replicates, n=n, trace=trace, follows=follows)
             for n, trace, follows in ([(40, 8.0, 0.7)] if quick else together)
         ],
+        "mapped": [
+            partial(mapped_cell, replicates=replicates, n=n, texts=texts, cosine=cosine)
+            for n, texts, cosine in (
+                [(40, 80, 0.9)] if quick else product((40, 100, 300), (80, 320), (1.0, 0.9, 0.5))
+            )
+        ],
     }
 
 
@@ -670,7 +708,7 @@ def main() -> int:
     parser.add_argument(
         "--tables",
         nargs="+",
-        choices=["ratio", "auroc", "band", "specific", "power", "point", "cosine", "together"],
+        choices=["ratio", "auroc", "band", "specific", "power", "point", "cosine", "together", "mapped"],
         help="only these",
     )
     options = parser.parse_args()
