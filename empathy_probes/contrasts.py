@@ -93,6 +93,15 @@ def _check(name: str, keys: Sequence[str], kernels: np.ndarray, layers: Sequence
             f"the kernels of {name!r} have shape {kernels.shape}, expected (2, {len(layers)}, {n}, {n}) for "
             f"{len(layers)} layers and {n} scenarios: pass [model layer n n] with the base first"
         )
+    if not np.isfinite(kernels).all():
+        raise InputError(
+            f"the kernels of {name!r} hold NaN or infinity, expected finite numbers: "
+            "check the activations of that concept"
+        )
+
+
+def _check_keys(name: str, keys: Sequence[str]) -> None:
+    n = len(keys)
     if len(set(keys)) != n:
         raise InputError(
             f"{n - len(set(keys))} scenario keys of {name!r} occur twice, expected {n} different ones: "
@@ -102,11 +111,6 @@ def _check(name: str, keys: Sequence[str], kernels: np.ndarray, layers: Sequence
         raise InputError(
             f"{name!r} has {n} scenarios, expected at least {FEWEST_SCENARIOS}: "
             "add scenarios, intervals below that do not hold what they promise"
-        )
-    if not np.isfinite(kernels).all():
-        raise InputError(
-            f"the kernels of {name!r} hold NaN or infinity, expected finite numbers: "
-            "check the activations of that concept"
         )
 
 
@@ -134,10 +138,17 @@ def compare(
     """
     kernels = np.asarray(kernels, dtype=float)
     _check(name, keys, kernels, layers)
+    _check_keys(name, keys)
     pair = pair_kernels(kernels[0], kernels[1], same_model=same_model)
     if extra is not None:
         # First-order terms enter every variance as 4 zeta_1 / n: the log form, Fieller's and the difference alike.
         pair = replace(pair, zeta1=pair.zeta1 + pair.n / 4 * extra)
+    return compare_pair(name, keys, pair, layers)
+
+
+def compare_pair(name: str, keys: Sequence[str], pair: KernelPair, layers: Sequence[int]) -> Contrast:
+    """The same of kernels that are reduced already."""
+    _check_keys(name, keys)
     t = float(critical_t(pair.n - 1))
     base, aligned = strength_interval(pair)
     detected = base.lower > 0

@@ -26,6 +26,8 @@ STRONG = 4.0
 SECOND_ORDER = 1.5
 # Numbers of a model's kernels that are reduced at once. With more, temporaries leave the processor's cache and take twice the time.
 BLOCK = 50_000
+# With more units per dimension than this, sums over d_model x d_model are cheaper than kernels.
+THIN = 2
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,29 @@ def _hoeffding(
     Both components are bilinear in the kernels, so the variance of any combination x K_a + y K_b follows from
     them without touching the n x n matrices again. zeta_1 is left unclipped for that reason.
     """
-    n, many = off.shape[-1], len(off)
-    rows = off.sum(-1)
+    many = len(off)
+    products = np.empty((many, many, *off.shape[1:-2]))
+    for i in range(many):
+        for j in range(i + 1):
+            products[i, j] = products[j, i] = np.einsum("...st,...st->...", off[i], off[j])
+    return _components(off.sum(-1), products)
+
+
+def _components(
+    rows: Float[np.ndarray, "kernel *batch n"], products: Float[np.ndarray, "kernel kernel *batch"]
+) -> tuple[
+    Float[np.ndarray, "kernel *batch"],
+    Float[np.ndarray, "kernel *batch n"],
+    Float[np.ndarray, "kernel kernel *batch"],
+    Float[np.ndarray, "kernel kernel *batch"],
+]:
+    """The same from the sums of the kernels' rows and of the products of every two kernels, both without the diagonal."""
+    n = rows.shape[-1]
     total = rows.sum(-1)
     value = total / (n * (n - 1))
     influence = (rows / (n - 1) - value[..., None]) * (n - 1) / (n - 2)
     # The doubly centred kernel has zero row sums, hence sum(k~ l~) = sum(k l) - 2 sum(r q)/(n-2) + S R/((n-1)(n-2)).
-    products = np.empty((many, many, *value.shape[1:]))
-    for i in range(many):
-        for j in range(i + 1):
-            products[i, j] = products[j, i] = np.einsum("...st,...st->...", off[i], off[j])
-    products -= 2 * np.einsum("i...s,j...s->ij...", rows, rows) / (n - 2)
+    products = products - 2 * np.einsum("i...s,j...s->ij...", rows, rows) / (n - 2)
     products += np.einsum("i...,j...->ij...", total, total) / ((n - 1) * (n - 2))
     zeta2 = products / (n * (n - 3))
     spread = np.einsum("i...s,j...s->ij...", influence, influence) / (n - 1)
@@ -140,7 +154,7 @@ def cross_kernels(
 def _in_rms(
     vectors: Float[np.ndarray, "unit layer d_model"],
     norms: Float[np.ndarray, "unit layer"],
-    shares: Float[np.ndarray, " unit"] | None,
+    shares: Float[np.ndarray, " unit"] | None = None,
 ) -> tuple[Float[np.ndarray, "layer unit d_model"], Float[np.ndarray, "layer unit"]]:
     """Vectors in units of the rms, and half of each unit's excess in the mean square."""
     n = len(vectors)
@@ -242,6 +256,72 @@ def _triangles(off: Float[np.ndarray, "model=2 *batch n n"]) -> Float[np.ndarray
     two_base, two_aligned = (kernel @ np.swapaxes(kernel, -1, -2) for kernel in (base, aligned))
     chains = ((two_base, base), (two_base, aligned), (two_aligned, base), (two_aligned, aligned))
     return np.stack([np.einsum("...st,...st->...", x, y) for x, y in chains]) / (n * (n - 1) * (n - 2))
+
+
+def pair_strengths(
+    differences: Float[np.ndarray, "model=2 unit layer d_model"],
+    norms: Float[np.ndarray, "model=2 unit layer"],
+    *,
+    same_model: bool = False,
+) -> KernelPair:
+    """`pair_kernels` of both models' `strength_kernels`; where units far outnumber dimensions, without the kernels.
+
+    Raises:
+        InputError: fewer than five units.
+    """
+    n, d_model = differences.shape[1], differences.shape[-1]
+    if n <= THIN * d_model:
+        kernels = [strength_kernels(d, q) for d, q in zip(differences, norms, strict=True)]
+        return pair_kernels(kernels[0], kernels[1], same_model=same_model)
+    in_rms = [_in_rms(d, q) for d, q in zip(differences, norms, strict=True)]
+    scaled, excess = (np.stack(part) for part in zip(*in_rms, strict=True))
+    squares = (scaled**2).sum(-1)
+    rows = (scaled @ scaled.sum(-2)[..., None])[..., 0] - squares
+    # What the error of the rms adds to a kernel is a term of each of its two units, which double centring takes out again.
+    added = excess * (rows.sum(-1, keepdims=True) / (n * (n - 1)))
+    shift = rows.sum(-1, keepdims=True) / (2 * (n - 1) * (n - 2)) - rows / (n - 2)
+    one = np.ones_like(shift)
+    # The centred kernel is left right' off its diagonal.
+    left, right = (np.concatenate([scaled, np.stack(ends, -1)], -1) for ends in ((one, shift), (shift, one)))
+    inner = np.swapaxes(right, -1, -2)[:, None] @ left
+    products = (inner[..., :d_model, :d_model] ** 2).sum((-2, -1)) - _over_units(squares, squares)
+    crossed = _over_units(rows, added)
+    products += 2 * (n - 2) * _over_units(added, added) - 2 * (crossed + np.swapaxes(crossed, 0, 1))
+    u, influence, zeta1, zeta2 = _components(rows - (n - 2) * added, products)
+    empty = (differences == 0).all((0, 1, -1))
+    identical = (differences[0] == differences[1]).all((0, -1)) & ((norms[0] == norms[1]).all(0) | empty)
+    identical &= same_model | ~empty
+    triangles = _thin_triangles(left, right, inner, squares + 2 * shift)
+    return KernelPair(u, 2 * influence, zeta1, zeta2, triangles, identical, n)
+
+
+def _over_units(
+    one: Float[np.ndarray, "model=2 *batch n"], other: Float[np.ndarray, "model=2 *batch n"]
+) -> Float[np.ndarray, "model=2 model=2 *batch"]:
+    return np.einsum("i...s,j...s->ij...", one, other)
+
+
+def _thin_triangles(
+    left: Float[np.ndarray, "model=2 *batch n rank"],
+    right: Float[np.ndarray, "model=2 *batch n rank"],
+    inner: Float[np.ndarray, "model=2 model=2 *batch rank rank"],
+    on_diagonal: Float[np.ndarray, "model=2 *batch n"],
+) -> Float[np.ndarray, "aligned=4 *batch"]:
+    """`_triangles` of kernels left right' without their diagonals: all closed walks of three steps, less those that stand still."""
+    n = left.shape[-2]
+
+    def there_and_back(i: int, j: int) -> np.ndarray:
+        return np.asarray(((left[i] @ inner[i, j]) * right[j]).sum(-1))
+
+    twice = {(0, 0): there_and_back(0, 0), (0, 1): there_and_back(0, 1), (1, 1): there_and_back(1, 1)}
+    twice[1, 0] = twice[0, 1]
+    found = []
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):  # two factors of model i and one of model j
+        whole = ((inner[j, i] @ inner[i, i]) * np.swapaxes(inner[i, j], -1, -2)).sum((-2, -1))
+        here, other = on_diagonal[i], on_diagonal[j]
+        still = 2 * here * twice[i, j] + other * twice[i, i] - 2 * here**2 * other
+        found.append(whole - still.sum(-1))
+    return np.stack(found) / (n * (n - 1) * (n - 2))
 
 
 def combined_variance(

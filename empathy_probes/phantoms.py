@@ -23,7 +23,7 @@ from empathy_probes.concepts import Concept, load_concept, load_controls, load_t
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract
 from empathy_probes.grammar import CONTROLS, TARGETS, readout, stimuli_rows
-from empathy_probes.kernels import pair_kernels, strength_kernels
+from empathy_probes.kernels import pair_strengths
 from empathy_probes.models import load_model
 from empathy_probes.pairs import ModelPair
 from empathy_probes.planting import (
@@ -300,9 +300,7 @@ def _attenuation(pair: ModelPair, concept: Concept) -> dict[str, float | None]:
     same = (sample.differences[0] == sample.differences[1]).all((0, 2))
     detected = base > 0
     if sample.n <= FEW:  # with thousands of scenarios every base that is positive is detected
-        pair_ = pair_kernels(
-            *(strength_kernels(d, q) for d, q in zip(sample.differences, sample.squares, strict=True))
-        )
+        pair_ = pair_strengths(sample.differences, sample.squares)
         detected = pair_.u[0] > critical_t(sample.n - 1) * pair_.se[0]
     with np.errstate(divide="ignore", invalid="ignore"):
         lost = np.where(same, 0.0, np.where(detected, 1 - np.sqrt(np.maximum(aligned, 0) / base), np.nan))

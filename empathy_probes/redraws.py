@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float, Int, Int8
 
 from empathy_probes.activations import Activations
 from empathy_probes.concepts import Concept
-from empathy_probes.contrasts import Contrast, compare
+from empathy_probes.contrasts import Contrast, compare_pair
 from empathy_probes.decisions import judge
 from empathy_probes.errors import InputError
-from empathy_probes.kernels import strength_kernels
+from empathy_probes.kernels import pair_strengths
 
 CURVES = ("base", "aligned", "difference", "attenuation", "specific", "band")
 DECISIONS = ("", "attenuated", "amplified", "equivalent", "inconclusive")
@@ -44,12 +44,6 @@ class Sample:
     def n(self) -> int:
         """Number of scenarios."""
         return int(self.differences.shape[1])
-
-    def kernels(self, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "model=2 layer n n"]:
-        """What a study of these scenarios would compare."""
-        return np.stack(
-            [strength_kernels(d[rows], q[rows]) for d, q in zip(self.differences, self.squares, strict=True)]
-        )
 
     @cached_property
     def u(self) -> Float[np.ndarray, "model=2 layer"]:
@@ -288,6 +282,11 @@ def contrasts_of(sample: Sample, rows: Int[np.ndarray, "redraw n"], population: 
     """The comparisons a study would make of each of these samples of scenarios."""
     keys = [f"{sample.concept}\x1f{i}" for i in range(rows.shape[1])]
     many, layers = len(population.layers), population.layers
-    kernels = np.concatenate([sample.kernels(chosen) for chosen in rows], axis=1)
-    whole = compare(sample.concept, keys, kernels, range(many * len(rows)), same_model=population.same_model)
+    # The samples stand side by side like layers.
+    differences, squares = (
+        np.concatenate(list(np.moveaxis(values[:, rows], 1, 0)), axis=2)
+        for values in (sample.differences, sample.squares)
+    )
+    pair = pair_strengths(differences, squares, same_model=population.same_model)
+    whole = compare_pair(sample.concept, keys, pair, range(many * len(rows)))
     return [whole.at(slice(i * many, (i + 1) * many), layers) for i in range(len(rows))]

@@ -9,14 +9,17 @@ from sklearn.metrics import roc_auc_score
 
 from empathy_probes.errors import InputError
 from empathy_probes.kernels import (
+    THIN,
     combined_variance,
     deviation,
     fieller,
     log_ratio,
     middle_theta,
     pair_kernels,
+    pair_strengths,
     strength_difference,
     strength_interval,
+    strength_kernels,
     u_statistic,
 )
 from empathy_probes.stats import (
@@ -216,6 +219,27 @@ def test_triangles_are_the_mean_over_distinct_units_written_out():
     for value, (x, y, z) in zip(found, ((b, b, b), (b, b, a), (b, a, a), (a, a, a)), strict=True):
         loops = [x[s, t] * y[t, u] * z[u, s] for s, t, u in permutations(range(n), 3)]
         np.testing.assert_allclose(value, np.mean(loops), rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [7, 60, 90])
+def test_strengths_of_many_units_in_few_dimensions_need_no_kernels(n: int):
+    """Beside the kernels written out, with the error of the rms in them: every number that comparisons are made of."""
+    rng = np.random.default_rng(21)
+    differences = rng.standard_normal((2, n, 3, 4))
+    differences[..., 0] += 0.5
+    differences[1] = 0.4 * differences[0] + 0.6 * differences[1]
+    norms = 1 + 0.5 * rng.standard_normal((2, n, 3)) ** 2
+    differences[1, :, 0], norms[1, :, 0] = differences[0, :, 0], norms[0, :, 0]
+    differences[:, :, 2] = 0
+    assert (n > THIN * 4) == (n > 8)
+    for same in (False, True):
+        thin = pair_strengths(differences, norms, same_model=same)
+        whole = pair_kernels(
+            *(strength_kernels(d, q) for d, q in zip(differences, norms, strict=True)), same_model=same
+        )
+        for name, right in vars(whole).items():
+            np.testing.assert_allclose(getattr(thin, name), right, rtol=1e-9, atol=1e-12, err_msg=name)
+        assert thin.identical.tolist() == [True, False, same]
 
 
 def test_eigenvalues_come_back_as_second_and_third_moments():
