@@ -138,7 +138,6 @@ def compare(
     """
     kernels = np.asarray(kernels, dtype=float)
     _check(name, keys, kernels, layers)
-    _check_keys(name, keys)
     pair = pair_kernels(kernels[0], kernels[1], same_model=same_model)
     if extra is not None:
         # First-order terms enter every variance as 4 zeta_1 / n: the log form, Fieller's and the difference alike.

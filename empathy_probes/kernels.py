@@ -270,7 +270,7 @@ def pair_strengths(
         InputError: fewer than five units.
     """
     n, d_model = differences.shape[1], differences.shape[-1]
-    if n <= THIN * d_model:
+    if n <= max(THIN * d_model, 4):  # kernels of fewer than five are refused
         kernels = [strength_kernels(d, q) for d, q in zip(differences, norms, strict=True)]
         return pair_kernels(kernels[0], kernels[1], same_model=same_model)
     in_rms = [_in_rms(d, q) for d, q in zip(differences, norms, strict=True)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from empathy_probes import calibration, redraws
+from empathy_probes import calibration, cli, redraws
 from empathy_probes.activations import Activations
 from empathy_probes.attacks import (
     correlated,
@@ -356,6 +356,21 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, int
         list_bases(tmp_path)
     with pytest.raises(InputError, match="no base 'llama-9', expected some of gpt2-0, llama-0"):
         calibrate(tmp_path / "x", bases=["llama-9"])
+
+
+def test_chosen_bases_are_measured_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Options] = []
+
+    def noted(options: Options, *rest: object, **named: object) -> Scorecard:
+        asked.append(options)
+        return load_scorecard()
+
+    monkeypatch.setattr(calibration, "run_calibration", noted)
+    for chosen in ([], ["--bases", "llama-0"], ["--quick", "--bases", "gpt2-0"]):
+        assert cli.main(["calibrate", "--out", str(tmp_path), *chosen]) == 0
+    assert [{twin.base for twin in options.twins} for options in asked] == [
+        {"gpt2-0", "llama-0"}, {"llama-0"}, {"gpt2-0"}
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- secondary measures

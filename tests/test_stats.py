@@ -242,6 +242,12 @@ def test_strengths_of_many_units_in_few_dimensions_need_no_kernels(n: int):
         assert thin.identical.tolist() == [True, False, same]
 
 
+def test_strengths_of_too_few_units_are_refused_in_any_dimension():
+    for d_model in (1, 8):
+        with pytest.raises(InputError, match="5 or more"):
+            pair_strengths(np.ones((2, 4, 1, d_model)), np.ones((2, 4, 1)))
+
+
 def test_eigenvalues_come_back_as_second_and_third_moments():
     """zeta_2 is the sum of their squares, the triangles that of their cubes."""
     rng, scale = np.random.default_rng(18), np.sqrt([3.0, 1.0, 0.5])
