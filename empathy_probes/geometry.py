@@ -10,6 +10,8 @@ states while one fitted there succeeds means rotated, not lost.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Float, Int, Num
 from sklearn.covariance import ledoit_wolf_shrinkage
@@ -29,25 +31,42 @@ def whitened_kernels(
     differences: Float[np.ndarray, "unit layer d_model"], neutral: Float[np.ndarray, "m layer d_model"]
 ) -> Float[np.ndarray, "layer unit unit"]:
     """D W D' with W the inverse Ledoit-Wolf covariance of the neutral texts, layer by layer."""
-    kernels = []
+    return np.stack([sum(a @ b for a, b in factors) for factors in _whitened(differences, neutral)])
+
+
+def whitened_strengths(
+    differences: Float[np.ndarray, "unit layer d_model"], neutral: Float[np.ndarray, "m layer d_model"]
+) -> Float[np.ndarray, " layer"]:
+    """U of `whitened_kernels`, their mean over pairs of different units, without the kernels."""
+    n = len(differences)
+    pairs = [
+        sum(a.sum(0) @ b.sum(1) - (a * b.T).sum() for a, b in factors)
+        for factors in _whitened(differences, neutral)
+    ]
+    return np.array(pairs) / (n * (n - 1))
+
+
+def _whitened(
+    differences: Float[np.ndarray, "unit layer d_model"], neutral: Float[np.ndarray, "m layer d_model"]
+) -> Iterator[list[tuple[Float[np.ndarray, "unit k"], Float[np.ndarray, "k unit"]]]]:
+    """Matrices whose products add up to D W D', layer by layer."""
     for i in range(differences.shape[1]):
         d, x = differences[:, i].astype(float), neutral[:, i].astype(float)
         x = x - x.mean(0)
         m, width = x.shape
         size = (x**2).sum() / (m * width)
         if size == 0:  # a state that all texts share: nothing varies, nothing is told apart
-            kernels.append(np.zeros((len(d), len(d))))
+            yield [(d, np.zeros_like(d.T))]
             continue
         share = max(float(ledoit_wolf_shrinkage(x, assume_centered=True)), 1e-6)
         ridge, weight = share * size, (1 - share) / m
         if m >= width:
             covariance = weight * x.T @ x + ridge * np.eye(width)
-            kernels.append(d @ np.linalg.solve(covariance, d.T))
+            yield [(d, np.linalg.solve(covariance, d.T))]
         else:  # Woodbury: only an m x m matrix is inverted
             cross = d @ x.T
             inner = x @ x.T + ridge / weight * np.eye(m)
-            kernels.append((d @ d.T - cross @ np.linalg.solve(inner, cross.T)) / ridge)
-    return np.stack(kernels)
+            yield [(d, d.T / ridge), (-cross, np.linalg.solve(inner, cross.T) / ridge)]
 
 
 def whitening_covariance(
@@ -65,9 +84,9 @@ def whitening_covariance(
     values = np.empty((2, GROUPS, differences[0].shape[2]))
     for model, (d, x) in enumerate(zip(differences, neutral, strict=True)):
         for g in range(GROUPS):
-            kernels = np.mean([whitened_kernels(contrast, x[group != g]) for contrast in d], axis=0)
-            off = kernels.sum((-2, -1)) - np.trace(kernels, axis1=-2, axis2=-1)
-            values[model, g] = off / (d.shape[1] * (d.shape[1] - 1))
+            values[model, g] = np.mean(
+                [whitened_strengths(contrast, x[group != g]) for contrast in d], axis=0
+            )
     spread = values - values.mean(1, keepdims=True)
     return (GROUPS - 1) / GROUPS * np.einsum("igl,jgl->ijl", spread, spread)
 

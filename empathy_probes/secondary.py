@@ -20,8 +20,8 @@ from empathy_probes.activations import Activations
 from empathy_probes.alignment import fit_rotation
 from empathy_probes.coding import scenario_contrasts
 from empathy_probes.concepts import Concept
-from empathy_probes.geometry import whitened_kernels
-from empathy_probes.kernels import cross_kernels, is_strong, pair_kernels, strength_kernels, u_statistic
+from empathy_probes.geometry import whitened_strengths
+from empathy_probes.kernels import is_strong, pair_kernels, strength_kernels
 from empathy_probes.measurements import Measurement, measure_concept, neutral_states
 from empathy_probes.redraws import check_size, holds
 from empathy_probes.rows import bits_rows, cosine_rows, reading_rows, separation_rows, transfer_rows
@@ -152,7 +152,7 @@ def _truth(
     draws = [rng.choice(len(whole[0]), NEUTRAL, replace=False) for _ in range(TRUTH_DRAWS)]
     neutral = [[x[rows] for x in whole] for rows in draws]
     whitened = np.mean(
-        [[_mean(whitened_kernels(d, x)) for d, x in zip(differences, n, strict=True)] for n in neutral],
+        [[whitened_strengths(d, x)[0] for d, x in zip(differences, n, strict=True)] for n in neutral],
         axis=0,
     )
     separation = np.sqrt(np.maximum(whitened, 0))
@@ -169,7 +169,7 @@ def _truth(
                 differences[:1] if exhibit.same_model else [_turned(differences[0], *n) for n in neutral],
             ),
         ):
-            crossed = [_mean(cross_kernels(base, differences[1], one, one)) for base in bases]
+            crossed = [_crossed(base, differences[1]) for base in bases]
             means[measure, "aligned"] = float(
                 np.clip(np.mean(crossed) / np.sqrt(pair.u[0, 0] * pair.u[1, 0]), -1, 1)
             )
@@ -183,8 +183,13 @@ def _turned(
     return np.asarray(rows @ left @ right.T)
 
 
-def _mean(kernel: Float[np.ndarray, "layer=1 n n"]) -> float:
-    return float(u_statistic(kernel).value[0])
+def _crossed(
+    base: Float[np.ndarray, "n layer=1 d_model"], aligned: Float[np.ndarray, "n layer=1 d_model"]
+) -> float:
+    """Mean of <base_s, aligned_t> over different scenarios."""
+    n = len(base)
+    one, other = base[:, 0].astype(float), aligned[:, 0].astype(float)
+    return float((one.sum(0) @ other.sum(0) - (one * other).sum()) / (n * (n - 1)))
 
 
 def proportions(readings: Sequence[Readings], index: int) -> Float[np.ndarray, " redraw"]:

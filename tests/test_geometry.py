@@ -8,7 +8,13 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.covariance import LedoitWolf
 
 from empathy_probes.alignment import fit_map
-from empathy_probes.geometry import cosine_from_kernels, map_variance, transfer, whitened_kernels
+from empathy_probes.geometry import (
+    cosine_from_kernels,
+    map_variance,
+    transfer,
+    whitened_kernels,
+    whitened_strengths,
+)
 from empathy_probes.kernels import cross_kernels, strength_kernels, u_statistic
 from empathy_probes.stats import auroc, grouped_folds
 
@@ -34,6 +40,7 @@ def test_whitening_is_ledoit_wolf_also_with_fewer_texts_than_dimensions(m: int) 
         np.testing.assert_allclose(
             found[layer], d[:, layer] @ precision @ d[:, layer].T, rtol=1e-6, atol=1e-8
         )
+    np.testing.assert_allclose(whitened_strengths(d, x), u_statistic(found).value, rtol=1e-9)
 
 
 def test_d_prime_is_that_of_two_gaussians() -> None:
