@@ -52,6 +52,7 @@ from empathy_probes.stats import (
     grouped_folds,
     leave_one_out,
     leave_one_out_correlations,
+    pair_variance,
     paired_difference,
 )
 from empathy_probes.stimuli import LabelKind, StimulusSet
@@ -153,12 +154,14 @@ class Measurement:
         """Second reading minus the first, each given by the model whose probe it is and what that reads."""
         anew = first[1] != OWN or second[1] != OWN
         (one, widen), (other, _) = self._jackknife(*first, anew=anew), self._jackknife(*second, anew=anew)
-        return self._difference(one, other, self._same(first, second), widen)
+        pairs = 0.0 if anew else self._pair_variance(*(self._scores_of(*which) for which in (first, second)))
+        return self._difference(one, other, self._same(first, second), widen, pairs)
 
     def reading_attenuation(self) -> tuple[Curve, Bool[np.ndarray, " layer"]]:
         """What d' of the two models' own AUROC has lost, and where both are at the ceiling; not for grades."""
         (base, widen), (aligned, _) = (self._jackknife(fitted, OWN, anew=False) for fitted in (BASE, ALIGNED))
-        return area_attenuation(base, aligned, self._same((BASE, OWN), (ALIGNED, OWN)), widen)
+        pairs = self._pair_variance(*self.scores)
+        return area_attenuation(base, aligned, self._same((BASE, OWN), (ALIGNED, OWN)), widen, pairs)
 
     def _scores_of(self, fitted: int, read: int) -> Float[np.ndarray, "layer contrast item"]:
         return self.scores[fitted] if read == OWN else self.views.transfer[read - PLAIN, fitted]
@@ -179,12 +182,22 @@ class Measurement:
     def _interval(self, found: Jackknife, widen: float) -> Curve:
         return fisher_interval(found, widen) if self.kind == "graded" else area_interval(found, widen)
 
+    def _pair_variance(
+        self, one: Float[np.ndarray, "layer contrast item"], other: Float[np.ndarray, "layer contrast item"]
+    ) -> Float[np.ndarray, " layer"] | float:
+        return 0.0 if self.kind == "graded" else pair_variance(one, other, self.codes, self.item_units)
+
     def _difference(
-        self, one: Jackknife, other: Jackknife, same: Bool[np.ndarray, " layer"], widen: float
+        self,
+        one: Jackknife,
+        other: Jackknife,
+        same: Bool[np.ndarray, " layer"],
+        widen: float,
+        pairs: Float[np.ndarray, " layer"] | float,
     ) -> Curve:
         if self.kind == "graded":
             return paired_difference(one, other, widen)
-        return area_difference(one, other, same, widen)
+        return area_difference(one, other, same, widen, pairs)
 
     def _same(self, first: tuple[int, int], second: tuple[int, int]) -> Bool[np.ndarray, " layer"]:
         return np.asarray((self._scores_of(*first) == self._scores_of(*second)).all((-2, -1)))
@@ -227,7 +240,8 @@ class Measurement:
         words = np.broadcast_to(self.text_scores, self.scores[0].shape)
         one, other = (self._leave_one_out(scores) for scores in (words, self.scores[0]))
         same = (words == self.scores[0]).all((-2, -1))
-        return self._difference(one, other, same, AREA_FACTOR).lower > 0
+        pairs = self._pair_variance(words, self.scores[0])
+        return self._difference(one, other, same, AREA_FACTOR, pairs).lower > 0
 
 
 def measure_concept(
