@@ -504,7 +504,7 @@ def auroc_difference(
 
     Each area moves along its own skewed interval, as far as a difference needs it (the ellipse whose sides are those intervals).
     Recovered from the ends of the two alone (MOVER), the longer arm towards chance stays even where two models move as
-    one: intervals .039 wide of two all but equal models at AUROC .9 with 60 scenarios, now .008 (docs/simulations).
+    one: intervals .039 wide of two all but equal models at AUROC .9 with 60 scenarios, now .006 (docs/simulations).
     """
     same = (base == aligned).all(tuple(range(-labels.ndim, 0)))
     pair = [leave_one_out(scores, labels, groups) for scores in (base, aligned)]
