@@ -648,26 +648,49 @@ def strength_difference(pair: KernelPair, base: Curve, aligned: Curve) -> Curve:
     reach = critical_t(pair.n - 1) * np.sqrt(combined_variance(pair, -0.5 / safe[0], 0.5 / safe[1]))
     lower, upper = value - reach, value + reach
     if not strong.all():
-        corner = (base.lower == 0) | (aligned.lower == 0)
-        weak = _projected_difference(pair, corner)
+        weak = _projected_difference(pair, base.lower == 0, aligned.lower == 0)
         lower, upper = (np.where(strong, a, b) for a, b in zip((lower, upper), weak, strict=True))
     # Without noise the projection rounds past the value itself.
     ends = (value, np.fmin(lower, value), np.fmax(upper, value))
     return Curve(*(np.where(pair.identical, 0.0, x) for x in ends))
 
 
-def _projected_difference(pair: KernelPair, corner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Extremes of a - b over strengths a, b >= 0 whose squares lie in the ellipse of the two U-statistics."""
+def _projected_difference(
+    pair: KernelPair, base_gone: np.ndarray, aligned_gone: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Extremes of a - b over strengths a, b >= 0 whose squares lie in the ellipse of the two U-statistics.
+
+    Args:
+        pair: the U-statistics.
+        base_gone: where 0 is a possible strength of the base.
+        aligned_gone: where it is one of the aligned model.
+    """
     n = pair.n
-    # Where a strength may be 0 the truth sits on the edge of the region and two errors add up unopposed (one's radius
-    # covered .83-.90 there): the region is then the joint one of both, whose tail is that of F(2, n - 1).
+    # A strength of 0 lies on the edge of the region, and two errors add up unopposed (one's radius covered .83-.90 there): the
+    # region is then the joint one of both, whose tail is that of F(2, n - 1). An aligned strength above 0 needs one's radius.
     joint = np.sqrt((n - 1) * ((1 - LEVEL) ** (-2 / (n - 1)) - 1))
-    t = np.where(corner, joint, float(critical_t(n - 1)))
+    t = np.where(base_gone, joint, float(critical_t(n - 1)))
     line = _squares(pair, 1, t)
     least, most = (np.sqrt(np.fmax(x, 0) * line.supposed) for x in _members(pair, (line,), t)[0])
-    a = least + (most - least) * np.linspace(0, 1, 129).reshape(-1, *[1] * least.ndim)
+    inside = least + (most - least) * np.linspace(0, 1, 129).reshape(-1, *[1] * least.ndim)
+    (low, high), (gone_low, gone_high) = (
+        _base_ends(pair, a, radius)
+        for a, radius in ((inside, t), (np.zeros((1, *least.shape)), np.where(aligned_gone, joint, t)))
+    )
+    lower, upper = (inside - high).min(axis=0), (inside - low).max(axis=0)
+    return (
+        np.where(aligned_gone, np.fmin(lower, -gone_high[0]), lower),
+        np.where(aligned_gone, np.fmax(upper, -gone_low[0]), upper),
+    )
+
+
+def _base_ends(
+    pair: KernelPair, a: Float[np.ndarray, "point *batch"], radius: Float[np.ndarray, "*batch"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest strength of the base in the region of this radius, for supposed strengths of the aligned model."""
+    n = pair.n
     there = deviation(pair, 0.0, 1.0, a**2)
-    z = np.clip(there.beyond(t, n), -1, 1)
+    z = np.clip(there.beyond(radius, n), -1, 1)
     se = np.maximum(pair.se[0], 1e-150)
     # Like the variance, the covariance is that of the supposed strength: an aligned signal that only chance made large
     # seems to rise and fall with the base's.
@@ -677,5 +700,5 @@ def _projected_difference(pair: KernelPair, corner: np.ndarray) -> tuple[np.ndar
     covariance = 4 * first / n + 2 * pair.zeta2[0, 1] / (n * (n - 1))
     r = np.clip(covariance / (se * np.sqrt(np.maximum(there.variance, 1e-300))), -1, 1)
     width = np.sqrt((1 - r**2) * (1 - z**2))
-    high, low = (np.sqrt(np.maximum(pair.u[0] - t * se * (r * z + s * width), 0)) for s in (-1, 1))
-    return (a - high).min(axis=0), (a - low).max(axis=0)
+    low, high = (np.sqrt(np.maximum(pair.u[0] - radius * se * (r * z + s * width), 0)) for s in (1, -1))
+    return low, high

@@ -21,6 +21,7 @@ from empathy_probes.controls import (
 from empathy_probes.decisions import judge, judge_controls
 from empathy_probes.design import Settings
 from empathy_probes.errors import InputError
+from empathy_probes.kernels import pair_kernels, strength_difference, strength_interval
 from empathy_probes.ledger import Headline, _sentence, encoded_overall
 from empathy_probes.stats import Estimate, binomial_interval
 
@@ -537,6 +538,20 @@ def test_the_ratio_interval_covers_the_truth_where_the_naive_gap_does_not(covera
     assert found["package_at_2.9_se"].value > 0.98
     if keep == 0.25:
         assert found["naive_gap"].upper < 0.90
+
+
+@pytest.mark.parametrize(("keep", "widest"), [(0.0, 1.17), (0.25, 1.43)])
+def test_a_difference_of_strengths_is_no_wider_than_an_aligned_strength_of_zero_asks_for(
+    coverage: ModuleType, keep: float, widest: float
+):
+    """The joint region of both strengths for all aligned ones, not for 0 alone, was 1.24 and 1.48 times as wide as +- 1.96 sd."""
+    n, trace = (40, 2.0) if keep == 0 else (60, 8.0)
+    base, aligned = coverage.simulate_pair(np.random.default_rng(1), 400, n, trace, keep, 1.0, False)
+    pair = pair_kernels(coverage.gram(base), coverage.gram(aligned))
+    curve = strength_difference(pair, *strength_interval(pair))
+    covered = int(((curve.lower <= keep - 1) & (keep - 1 <= curve.upper)).sum())
+    assert binomial_interval(covered, 400).upper > 0.95
+    assert (curve.upper - curve.lower).mean() < widest * 2 * 1.96 * curve.value.std()
 
 
 def test_a_scaled_model_with_an_uncertain_rms_is_missed_on_both_sides_alike(coverage: ModuleType):
