@@ -17,6 +17,7 @@ from empathy_probes.coding import contrast_codes, label_numbers, scenario_contra
 from empathy_probes.concepts import Concept
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import check_prompts, extract
+from empathy_probes.kernels import mean_product
 from empathy_probes.models import Model
 from empathy_probes.prompts import Style, render
 from empathy_probes.stimuli import StimulusSet
@@ -103,8 +104,8 @@ def direction_cosine(
     sqrt(U / mean ‖D̄‖²): U, the mean of <D_s, D_t> over different scenarios, has no noise in it, the squared length of a
     fold's mean has. What is measured along a direction is smaller by about this factor than along the true one; 0 where U is negative.
     """
-    n = len(differences)
-    u = ((differences.sum(0) ** 2).sum(-1) - (differences**2).sum((0, 2))) / (n * (n - 1))
+    rows = np.moveaxis(differences, 0, -2)
+    u = mean_product(rows, rows)
     fitted = [(differences[folds != f].mean(0) ** 2).sum(-1) for f in range(int(folds.max()) + 1)]
     return np.sqrt(np.clip(u, 0, None) / np.maximum(np.mean(fitted, axis=0), 1e-300)).clip(max=1.0)
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Num
 from sklearn.covariance import ledoit_wolf_shrinkage
 
 from empathy_probes.alignment import NeutralMap, fit_rotation
-from empathy_probes.kernels import KernelPair, fieller, pair_kernels, u_statistic
+from empathy_probes.kernels import KernelPair, fieller, mean_product, pair_kernels, u_statistic
 from empathy_probes.probes import paired_scores
 from empathy_probes.stats import Curve, critical_t
 
@@ -38,12 +38,8 @@ def whitened_strengths(
     differences: Float[np.ndarray, "unit layer d_model"], neutral: Float[np.ndarray, "m layer d_model"]
 ) -> Float[np.ndarray, " layer"]:
     """U of `whitened_kernels`, their mean over pairs of different units, without the kernels."""
-    n = len(differences)
-    pairs = [
-        sum(a.sum(0) @ b.sum(1) - (a * b.T).sum() for a, b in factors)
-        for factors in _whitened(differences, neutral)
-    ]
-    return np.array(pairs) / (n * (n - 1))
+    factors = _whitened(differences, neutral)
+    return np.array([sum(mean_product(a, b.T) for a, b in layer) for layer in factors])
 
 
 def _whitened(
@@ -103,7 +99,7 @@ def map_variance(
     (320 neutral texts, 40 and 100 scenarios), with it in .96 and .97 (docs/simulations).
     """
     group = _groups(neutral[0])
-    _, n, layers, _ = differences[0].shape
+    layers = differences[0].shape[2]
     values = np.empty((GROUPS, layers))
     for i in range(layers):
         (base, x), (aligned, y) = (
@@ -112,8 +108,7 @@ def map_variance(
         for g in range(GROUPS):
             left, right = fit_rotation(x[group != g], y[group != g])
             turned = base @ left @ right.T
-            off = (turned.sum(1) * aligned.sum(1)).sum(-1) - (turned * aligned).sum((1, 2))
-            values[g, i] = off.mean() / (n * (n - 1))
+            values[g, i] = mean_product(turned, aligned).mean()
     return (GROUPS - 1) / GROUPS * ((values - values.mean(0)) ** 2).sum(0)
 
 

@@ -16,7 +16,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from empathy_probes.errors import InputError
-from empathy_probes.stats import LEVEL, Curve, critical_t, hull_of_members, skewed_critical
+from empathy_probes.stats import (
+    LEVEL,
+    Curve,
+    critical_t,
+    hoeffding_components,
+    hull_of_members,
+    skewed_critical,
+)
 
 # A U-statistic below this many standard errors is too skewed for a normal interval of its logarithm.
 STRONG = 4.0
@@ -77,28 +84,7 @@ def _hoeffding(
     for i in range(many):
         for j in range(i + 1):
             products[i, j] = products[j, i] = np.einsum("...st,...st->...", off[i], off[j])
-    return _components(off.sum(-1), products)
-
-
-def _components(
-    rows: Float[np.ndarray, "kernel *batch n"], products: Float[np.ndarray, "kernel kernel *batch"]
-) -> tuple[
-    Float[np.ndarray, "kernel *batch"],
-    Float[np.ndarray, "kernel *batch n"],
-    Float[np.ndarray, "kernel kernel *batch"],
-    Float[np.ndarray, "kernel kernel *batch"],
-]:
-    """The same from the sums of the kernels' rows and of the products of every two kernels, both without the diagonal."""
-    n = rows.shape[-1]
-    total = rows.sum(-1)
-    value = total / (n * (n - 1))
-    influence = (rows / (n - 1) - value[..., None]) * (n - 1) / (n - 2)
-    # The doubly centred kernel has zero row sums, hence sum(k~ l~) = sum(k l) - 2 sum(r q)/(n-2) + S R/((n-1)(n-2)).
-    products = products - 2 * np.einsum("i...s,j...s->ij...", rows, rows) / (n - 2)
-    products += np.einsum("i...,j...->ij...", total, total) / ((n - 1) * (n - 2))
-    zeta2 = products / (n * (n - 3))
-    spread = np.einsum("i...s,j...s->ij...", influence, influence) / (n - 1)
-    return value, influence, spread - zeta2 * (n - 1) / (n - 2) ** 2, zeta2
+    return hoeffding_components(off.sum(-1), products)
 
 
 def _variance(zeta1: np.ndarray, zeta2: np.ndarray, n: int, second_order: float = SECOND_ORDER) -> np.ndarray:
@@ -113,6 +99,15 @@ def u_statistic(kernel: Float[np.ndarray, "... n n"]) -> UStatistic:
     value, influence, zeta1, zeta2 = _hoeffding(_without_diagonal(kernel[None]))
     variance = _variance(zeta1[0, 0, ...], zeta2[0, 0, ...], kernel.shape[-1], second_order=1.0)
     return UStatistic(value[0, ...], influence[0], variance)
+
+
+def mean_product(
+    one: Float[np.ndarray, "*batch unit d"], other: Float[np.ndarray, "*batch unit d"]
+) -> Float[np.ndarray, "*batch"]:
+    """Mean of <one_s, other_t> over pairs of different units: the U-statistic of their kernel, without the kernel."""
+    n = one.shape[-2]
+    total = (one.sum(-2) * other.sum(-2)).sum(-1) - (one * other).sum((-2, -1))
+    return np.asarray(total / (n * (n - 1)))
 
 
 def strength_kernels(
@@ -287,7 +282,7 @@ def pair_strengths(
     products = (inner[..., :d_model, :d_model] ** 2).sum((-2, -1)) - _over_units(squares, squares)
     crossed = _over_units(rows, added)
     products += 2 * (n - 2) * _over_units(added, added) - 2 * (crossed + np.swapaxes(crossed, 0, 1))
-    u, influence, zeta1, zeta2 = _components(rows - (n - 2) * added, products)
+    u, influence, zeta1, zeta2 = hoeffding_components(rows - (n - 2) * added, products)
     empty = (differences == 0).all((0, 1, -1))
     identical = (differences[0] == differences[1]).all((0, -1)) & ((norms[0] == norms[1]).all(0) | empty)
     identical &= same_model | ~empty
@@ -673,14 +668,14 @@ def _projected_difference(
     line = _squares(pair, 1, t)
     least, most = (np.sqrt(np.fmax(x, 0) * line.supposed) for x in _members(pair, (line,), t)[0])
     inside = least + (most - least) * np.linspace(0, 1, 129).reshape(-1, *[1] * least.ndim)
-    (low, high), (gone_low, gone_high) = (
-        _base_ends(pair, a, radius)
-        for a, radius in ((inside, t), (np.zeros((1, *least.shape)), np.where(aligned_gone, joint, t)))
-    )
+    low, high = _base_ends(pair, inside, t)
     lower, upper = (inside - high).min(axis=0), (inside - low).max(axis=0)
+    if not aligned_gone.any():
+        return lower, upper
+    (low,), (high,) = _base_ends(pair, np.zeros((1, *least.shape)), np.full_like(t, joint))
     return (
-        np.where(aligned_gone, np.fmin(lower, -gone_high[0]), lower),
-        np.where(aligned_gone, np.fmax(upper, -gone_low[0]), upper),
+        np.where(aligned_gone, np.fmin(lower, -high), lower),
+        np.where(aligned_gone, np.fmax(upper, -low), upper),
     )
 
 
@@ -700,5 +695,5 @@ def _base_ends(
     covariance = 4 * first / n + 2 * pair.zeta2[0, 1] / (n * (n - 1))
     r = np.clip(covariance / (se * np.sqrt(np.maximum(there.variance, 1e-300))), -1, 1)
     width = np.sqrt((1 - r**2) * (1 - z**2))
-    low, high = (np.sqrt(np.maximum(pair.u[0] - radius * se * (r * z + s * width), 0)) for s in (1, -1))
-    return low, high
+    lower, upper = (pair.u[0] - radius * se * (r * z + s * width) for s in (1, -1))
+    return np.sqrt(np.maximum(lower, 0)), np.sqrt(np.maximum(upper, 0))

@@ -154,14 +154,14 @@ class Measurement:
         """Second reading minus the first, each given by the model whose probe it is and what that reads."""
         anew = first[1] != OWN or second[1] != OWN
         (one, widen), (other, _) = self._jackknife(*first, anew=anew), self._jackknife(*second, anew=anew)
-        pairs = 0.0 if anew else self._pair_variance(*(self._scores_of(*which) for which in (first, second)))
+        pairs = 0.0 if anew else self._own_pairs
         return self._difference(one, other, self._same(first, second), widen, pairs)
 
     def reading_attenuation(self) -> tuple[Curve, Bool[np.ndarray, " layer"]]:
         """What d' of the two models' own AUROC has lost, and where both are at the ceiling; not for grades."""
         (base, widen), (aligned, _) = (self._jackknife(fitted, OWN, anew=False) for fitted in (BASE, ALIGNED))
-        pairs = self._pair_variance(*self.scores)
-        return area_attenuation(base, aligned, self._same((BASE, OWN), (ALIGNED, OWN)), widen, pairs)
+        same = self._same((BASE, OWN), (ALIGNED, OWN))
+        return area_attenuation(base, aligned, same, widen, self._own_pairs)
 
     def _scores_of(self, fitted: int, read: int) -> Float[np.ndarray, "layer contrast item"]:
         return self.scores[fitted] if read == OWN else self.views.transfer[read - PLAIN, fitted]
@@ -181,6 +181,11 @@ class Measurement:
 
     def _interval(self, found: Jackknife, widen: float) -> Curve:
         return fisher_interval(found, widen) if self.kind == "graded" else area_interval(found, widen)
+
+    @cached_property
+    def _own_pairs(self) -> Float[np.ndarray, " layer"] | float:
+        # Of both models' own probes; it is the same whichever is taken from the other.
+        return self._pair_variance(*self.scores)
 
     def _pair_variance(
         self, one: Float[np.ndarray, "layer contrast item"], other: Float[np.ndarray, "layer contrast item"]

@@ -20,7 +20,7 @@ from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import Contrast, compare_pair
 from empathy_probes.decisions import judge
 from empathy_probes.errors import InputError
-from empathy_probes.kernels import pair_strengths
+from empathy_probes.kernels import mean_product, pair_strengths
 
 CURVES = ("base", "aligned", "difference", "attenuation", "specific", "band")
 DECISIONS = ("", "attenuated", "amplified", "equivalent", "inconclusive")
@@ -48,9 +48,8 @@ class Sample:
     @cached_property
     def u(self) -> Float[np.ndarray, "model=2 layer"]:
         """U over all scenarios: the population's squared strength."""
-        d = self.differences.astype(np.float64)
-        pairs = (d.sum(1) ** 2).sum(-1) - (d**2).sum((1, 3))
-        return pairs / (self.n * (self.n - 1)) / self.squares.astype(np.float64).mean(1)
+        d = np.moveaxis(self.differences.astype(np.float64), 1, -2)
+        return mean_product(d, d) / self.squares.astype(np.float64).mean(1)
 
 
 @dataclass(frozen=True)

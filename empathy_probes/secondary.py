@@ -21,7 +21,7 @@ from empathy_probes.alignment import fit_rotation
 from empathy_probes.coding import scenario_contrasts
 from empathy_probes.concepts import Concept
 from empathy_probes.geometry import whitened_strengths
-from empathy_probes.kernels import is_strong, pair_kernels, strength_kernels
+from empathy_probes.kernels import is_strong, mean_product, pair_kernels, strength_kernels
 from empathy_probes.measurements import Measurement, measure_concept, neutral_states
 from empathy_probes.redraws import check_size, holds
 from empathy_probes.rows import bits_rows, cosine_rows, reading_rows, separation_rows, transfer_rows
@@ -162,6 +162,7 @@ def _truth(
     pair = pair_kernels(*(strength_kernels(d, one) for d in differences))
     # A contrast that is gone has no direction.
     if is_strong(pair).all():
+        there = differences[1][:, 0].astype(float)
         for measure, bases in (
             ("cosine", differences[:1]),
             (
@@ -169,7 +170,7 @@ def _truth(
                 differences[:1] if exhibit.same_model else [_turned(differences[0], *n) for n in neutral],
             ),
         ):
-            crossed = [_crossed(base, differences[1]) for base in bases]
+            crossed = [mean_product(base[:, 0].astype(float), there) for base in bases]
             means[measure, "aligned"] = float(
                 np.clip(np.mean(crossed) / np.sqrt(pair.u[0, 0] * pair.u[1, 0]), -1, 1)
             )
@@ -181,15 +182,6 @@ def _turned(
 ) -> Float[np.ndarray, "n layer=1 d_model"]:
     left, right = fit_rotation(*(x[:, 0] for x in neutral))
     return np.asarray(rows @ left @ right.T)
-
-
-def _crossed(
-    base: Float[np.ndarray, "n layer=1 d_model"], aligned: Float[np.ndarray, "n layer=1 d_model"]
-) -> float:
-    """Mean of <base_s, aligned_t> over different scenarios."""
-    n = len(base)
-    one, other = base[:, 0].astype(float), aligned[:, 0].astype(float)
-    return float((one.sum(0) @ other.sum(0) - (one * other).sum()) / (n * (n - 1)))
 
 
 def proportions(readings: Sequence[Readings], index: int) -> Float[np.ndarray, " redraw"]:

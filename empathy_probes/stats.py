@@ -257,6 +257,35 @@ def binomial_interval(successes: int, trials: int) -> Estimate:
     return Estimate(successes / trials, float(interval.low), float(interval.high), trials)
 
 
+# ---------------------------------------------------------------- means over pairs
+
+
+def hoeffding_components(
+    rows: Float[np.ndarray, "kernel *batch n"], products: Float[np.ndarray, "kernel kernel *batch"]
+) -> tuple[
+    Float[np.ndarray, "kernel *batch"],
+    Float[np.ndarray, "kernel *batch n"],
+    Float[np.ndarray, "kernel kernel *batch"],
+    Float[np.ndarray, "kernel kernel *batch"],
+]:
+    """Values, influences and the covariance components zeta_1, zeta_2 of the means of symmetric kernels over different units.
+
+    Args:
+        rows: sums of the kernels' rows, without the diagonal.
+        products: sums of the products of every two kernels, likewise.
+    """
+    n = rows.shape[-1]
+    total = rows.sum(-1)
+    value = total / (n * (n - 1))
+    influence = (rows / (n - 1) - value[..., None]) * (n - 1) / (n - 2)
+    # The doubly centred kernel has zero row sums, hence sum(k~ l~) = sum(k l) - 2 sum(r q)/(n-2) + S R/((n-1)(n-2)).
+    products = products - 2 * np.einsum("i...s,j...s->ij...", rows, rows) / (n - 2)
+    products += np.einsum("i...,j...->ij...", total, total) / ((n - 1) * (n - 2))
+    zeta2 = products / (n * (n - 3))
+    spread = np.einsum("i...s,j...s->ij...", influence, influence) / (n - 1)
+    return value, influence, spread - zeta2 * (n - 1) / (n - 2) ** 2, zeta2
+
+
 # ---------------------------------------------------------------- AUROC
 
 
@@ -392,7 +421,7 @@ def pair_variance(
     labels: Int[np.ndarray, "*category n"],
     groups: Sequence[str],
 ) -> Float[np.ndarray, "..."]:
-    """Variance, over pairs of scenarios, of what a pair tells of AUROC(aligned) - AUROC(base) beyond its two members.
+    """zeta_2 of AUROC(aligned) - AUROC(base): the variance of what a pair of scenarios tells of it beyond its two members.
 
     An AUROC is a mean over pairs; two models that sort nearly alike differ in single pairs, and that is most of what there is.
     Scores and labels as in `auroc`; fewer than four scenarios tell nothing of it (0).
@@ -411,15 +440,11 @@ def pair_variance(
             ]
             one, zero = (_membership(unit[side], n) for side in (positive, ~positive))
             pairs += zero @ (one @ (wins[1] - wins[0])).T * (n / one.shape[1] * n / zero.shape[1])
-        pairs += pairs.T
-        pairs /= 4 * len(
-            rows
-        )  # half of the difference of signs, half for both orders, and the mean over categories
+        # Half of the difference of signs, half for both orders, and the mean over categories.
+        pairs = (pairs + pairs.T) / (4 * len(rows))
         np.fill_diagonal(pairs, 0)
-        mean = pairs.sum() / (n * (n - 1))
-        own = (pairs.sum(0) / (n - 1) - mean) * (n - 1) / (n - 2)
-        rest = (pairs**2).sum() / 2 - n * (n - 1) / 2 * mean**2 - (n - 2) * (own**2).sum()
-        found[i] = max(rest, 0) / (n * (n - 3) / 2)
+        zeta2 = hoeffding_components(pairs.sum(-1)[None], (pairs**2).sum()[None, None])[3]
+        found[i] = max(zeta2.item(), 0)
     return found.reshape(shape)
 
 
@@ -594,13 +619,10 @@ def area_attenuation(
     area = np.where(finite, raw, 0.75)
     slope = np.sqrt(2) / distributions.norm.pdf(distributions.norm.ppf(area))
     slope *= widened((2 * area - 1) ** 2, widen)
+    shared = _shared(base, aligned, pairs)
+    covariance = [[_covariance(base, base), shared], [shared, _covariance(aligned, aligned)]]
     cells = [
-        [
-            ((_covariance(a, a) if i == j else _shared(*pair, pairs)) + _imaginary(a, b))
-            * slope[i]
-            * slope[j]
-            for j, b in enumerate(pair)
-        ]
+        [(covariance[i][j] + _imaginary(a, b)) * slope[i] * slope[j] for j, b in enumerate(pair)]
         for i, a in enumerate(pair)
     ]
     ratio = fieller_ratio(d_prime(area[0]), d_prime(area[1]), np.array(cells), base.critical)
