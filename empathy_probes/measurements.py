@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, Num
 
 from empathy_probes.activations import Activations
 from empathy_probes.alignment import NeutralMap, fit_map
+from empathy_probes.bits import cross_fitted_grade_losses, cross_fitted_losses
 from empathy_probes.coding import (
     categories,
     coarse_numbers,
@@ -35,8 +36,6 @@ from empathy_probes.probes import (
     AREA_FACTOR,
     LEFT_OUT,
     N_FOLDS,
-    cross_fitted_grade_losses,
-    cross_fitted_losses,
     is_binary,
     left_out_scores,
 )
@@ -76,9 +75,9 @@ class Views:
     """<D_base,s, D_aligned,t>: as the states are, and with the base's carried over by the neutral-text map."""
     mapping: Float[np.ndarray, " layer"]
     """Variance of the U of the mapped `cross` that comes from the choice of neutral texts."""
-    losses: Float[np.ndarray, "model=2 layer unit"]
-    """Log-loss in bits of a nested probe, per scenario."""
-    fine_losses: Float[np.ndarray, "model=2 layer fine_unit"]
+    losses: Float[np.ndarray, "model=2 what=3 layer unit"]
+    """Log-loss in bits of a nested probe, its influence and that of pairs, per scenario (`bits.cross_fitted_losses`)."""
+    fine_losses: Float[np.ndarray, "model=2 what=3 layer fine_unit"]
     """The same of the category, told the coarse one it lies in; no scenarios where no category lies in another."""
     transfer: Float[np.ndarray, "mapped=2 fitted=2 layer contrast item"]
     """Out-of-fold scores of each model's probe on the other's states, plain and mapped."""
@@ -403,7 +402,7 @@ def _views(
         else:
             losses.append(cross_fitted_losses(states, labels.astype(int), units, seed=seed))
         fine_losses.append(
-            np.zeros((losses[-1].shape[0], 0))
+            np.zeros((*losses[-1].shape[:2], 0))
             if coarse is None
             else cross_fitted_losses(states, labels.astype(int), units, given=coarse, seed=seed)
         )

@@ -9,20 +9,20 @@ score comes from a probe that saw no text of its scenario.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Float, Int, Num
 from scipy.linalg import cho_factor, cho_solve
 
-from empathy_probes.stats import Curve, critical_t, grouped_folds, mean_interval, widened
+from empathy_probes.stats import Curve, grouped_folds, mean_interval
 
 N_FOLDS = 5
-# An interval over scenarios that takes the probes as given is too narrow by up to this: all probes were fitted on the same few
-# scenarios. Without it coverage falls to .82 (scripts/simulations/readings.py); strong signals need less (`stats.widened`).
+# A t interval of slopes takes the probes as given and is too narrow by this: all were fitted on the same few scenarios
+# (scripts/simulations/readings.py).
 READING_FACTOR = 1.6
-# The same of areas and correlations, which training moves less than bits and slopes.
+# The same of areas and correlations, up to this: strong signals need less (`stats.widened`).
 AREA_FACTOR = 1.45
 # Groups of scenarios that are left out in turn, all probes trained anew, where one model's probe reads another's states.
 LEFT_OUT = 10
@@ -96,7 +96,7 @@ def _stacked_scores(
     for fold in np.unique(folds):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         rows = (np.arange(reads)[:, None] * n + test).ravel()
-        read = _ridge_scores(gram, targets, train, rows, (1.0,), cross)[0] - targets[train].mean(0)
+        read = ridge_scores(gram, targets, train, rows, (1.0,), cross)[0] - targets[train].mean(0)
         scores[:, :, test] = read.reshape(len(gram), reads, len(test), -1)
     return np.moveaxis(scores, (0, 3), (1, 2))
 
@@ -140,7 +140,7 @@ def _scores(
     for fold in np.unique(folds):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         # Without the training mean: folds of unequal balance would shift all their scores by it.
-        scores[:, test] = _ridge_scores(gram, targets, train, test, (1.0,), cross)[0] - targets[train].mean(0)
+        scores[:, test] = ridge_scores(gram, targets, train, test, (1.0,), cross)[0] - targets[train].mean(0)
     return np.ascontiguousarray(np.swapaxes(scores, 1, 2))
 
 
@@ -164,7 +164,7 @@ def _few_columns(
             many = len(x) - len(test)
             centre = -out.sum(0) / many
             left = whole - inner[fold] - many * np.outer(centre, centre)
-            factor = _factor(left, np.trace(left) / many)
+            factor = factor_gram(left, np.trace(left) / many)
             for labelling, parts, found in zip(asked, aims, scores, strict=True):
                 # Added up from the other folds, not taken off the whole: a text's own label must not even be in the rounding.
                 aim, total = (sum(each[:fold] + each[fold + 1 :]) for each in (parts, labelling.totals))
@@ -208,7 +208,7 @@ def _targets(labels: Num[np.ndarray, "contrast n"]) -> Float[np.ndarray, "n cont
     return np.ascontiguousarray((2.0 * labels - 1 if is_binary(labels) else labels.astype(float)).T)
 
 
-def _factor(gram: Float[np.ndarray, "k k"], penalty: float) -> Float[np.ndarray, "k k"]:
+def factor_gram(gram: Float[np.ndarray, "k k"], penalty: float) -> Float[np.ndarray, "k k"]:
     """Cholesky factor of G + λI. A layer on which all texts agree has an empty G: any penalty gives the score 0."""
     shifted = gram.copy()
     shifted.flat[:: len(gram) + 1] += penalty if penalty > 0 else 1.0
@@ -264,117 +264,7 @@ def count_words(texts: Sequence[str], *, characters: bool = False) -> tuple[Any,
     return vectorizer.fit_transform(texts), list(vectorizer.get_feature_names_out())
 
 
-# ---------------------------------------------------------------- bits
-
-# Penalties tried, in units of the mean eigenvalue of the training Gram matrix.
-PENALTIES = (0.1, 1.0, 10.0)
-
-
-def cross_fitted_losses(
-    features: Float[np.ndarray, "n layer d"],
-    labels: Int[np.ndarray, " n"],
-    units: Sequence[str],
-    *,
-    given: Int[np.ndarray, " n"] | None = None,
-    seed: int = 0,
-    repeats: int = 2,
-) -> Float[np.ndarray, "layer unit"]:
-    """Log-loss in bits of a nested ridge probe, averaged over each unit's texts and over fold repeats.
-
-    Penalty and Platt map (one slope with an N(0, 1) prior on standardised scores, one intercept per class) come from
-    inner out-of-fold scores only: a map fitted on in-sample scores is far too sure of itself.
-
-    Args:
-        features: one row per text.
-        labels: 0 to C - 1; two classes or more.
-        units: scenario of each text; all folds keep it together.
-        given: coarse class of each text, told to the probe: it chooses among the classes that occur in it.
-        seed: of the folds.
-        repeats: how many times folds are drawn.
-
-    Returns:
-        Per layer and unit, units in the order of their first text.
-    """
-    classes = np.eye(int(labels.max()) + 1)[labels]
-    groups = np.zeros(len(labels), int) if given is None else given
-    allowed = (np.eye(int(groups.max()) + 1)[groups].T @ classes > 0)[groups]
-
-    def judge(inner: np.ndarray, outer: np.ndarray, train: np.ndarray, test: np.ndarray) -> _Judged:
-        centre = inner.mean((2, 3), keepdims=True)
-        spread = np.maximum(inner.std((2, 3), keepdims=True), 1e-12)
-        known = (inner - centre) / spread
-        fitted = _fit_platt(known, classes[train], allowed[train])
-        losses = [
-            _cross_entropy(_logits(scores, *fitted, allowed[rows]), classes[rows])
-            for scores, rows in ((known, train), ((outer - centre) / spread, test))
-        ]
-        return losses[0].mean(-1), losses[1]
-
-    return _nested_losses(features, classes, units, judge, seed, repeats)
-
-
-def cross_fitted_grade_losses(
-    features: Float[np.ndarray, "n layer d"],
-    grades: Float[np.ndarray, " n"],
-    units: Sequence[str],
-    *,
-    seed: int = 0,
-    repeats: int = 2,
-) -> Float[np.ndarray, "layer unit"]:
-    """The same for graded labels: log-loss in bits of a normal distribution around a line in the nested probe's score.
-
-    Line and spread come from inner out-of-fold scores. Losses are differential: only their difference from
-    `grade_entropy` (or from another model's) means anything. Arguments as in `cross_fitted_losses`.
-    """
-
-    def judge(inner: np.ndarray, outer: np.ndarray, train: np.ndarray, test: np.ndarray) -> _Judged:
-        y = grades[train]
-        x, new = inner[..., 0], outer[..., 0]
-        centre = x.mean(-1, keepdims=True)
-        size = ((x - centre) ** 2).sum(-1, keepdims=True)
-        slope = ((x - centre) * (y - y.mean())).sum(-1, keepdims=True) / np.where(size > 0, size, 1.0)
-        left = ((y - y.mean() - slope * (x - centre)) ** 2).sum(-1, keepdims=True)
-        variance = np.maximum(left / (len(y) - 2), 1e-12 * y.var())
-        missed = grades[test] - y.mean() - slope * (new - centre)
-        return np.log(variance[..., 0]), np.log(2 * np.pi * variance) / 2 + missed**2 / (2 * variance)
-
-    return _nested_losses(features, grades[:, None], units, judge, seed, repeats)
-
-
-# Loss per penalty and layer on inner folds, and per penalty, layer and held-out text.
-_Judged = tuple[Float[np.ndarray, "penalty layer"], Float[np.ndarray, "penalty layer test"]]
-
-
-def _nested_losses(
-    features: Float[np.ndarray, "n layer d"],
-    targets: Float[np.ndarray, "n m"],
-    units: Sequence[str],
-    judge: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], _Judged],
-    seed: int,
-    repeats: int,
-) -> Float[np.ndarray, "layer unit"]:
-    """Held-out losses of the penalty that does best on inner out-of-fold scores, in bits per unit."""
-    rows = np.swapaxes(features.astype(np.float64), 0, 1)
-    gram = rows @ np.swapaxes(rows, 1, 2)
-    total = np.zeros(gram.shape[:2])
-    for repeat in range(repeats):
-        outer = grouped_folds(units, N_FOLDS, seed * 1000 + 2 * repeat)
-        for fold in range(N_FOLDS):
-            train, test = np.flatnonzero(outer != fold), np.flatnonzero(outer == fold)
-            inner = grouped_folds([units[int(i)] for i in train], N_FOLDS, seed * 1000 + 2 * repeat + 1)
-            scores = np.empty((len(PENALTIES), len(gram), len(train), targets.shape[1]))
-            for held_out in range(N_FOLDS):
-                a, b = train[inner != held_out], train[inner == held_out]
-                scores[:, :, inner == held_out] = _ridge_scores(gram, targets, a, b, PENALTIES)
-            known, losses = judge(scores, _ridge_scores(gram, targets, train, test, PENALTIES), train, test)
-            total[:, test] += losses[known.argmin(0), np.arange(len(gram))] / repeats
-    order = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
-    place = np.array([order[unit] for unit in units])
-    share = np.eye(len(order))[place] / np.bincount(place)
-    return np.asarray(total @ share / np.log(2))
-
-
-def _ridge_scores(
+def ridge_scores(
     gram: Float[np.ndarray, "layer n n"],
     targets: Float[np.ndarray, "n m"],
     train: Int[np.ndarray, " train"],
@@ -397,121 +287,12 @@ def _ridge_scores(
     for layer, (g, r) in enumerate(zip(centred, read, strict=True)):
         scale = np.trace(g) / len(train)
         for k, p in enumerate(penalties):
-            scores[k, layer] = _apply(_factor(g, p * scale), aim, r)
+            scores[k, layer] = _apply(factor_gram(g, p * scale), aim, r)
     return scores + mean
 
 
-# Logit of a class that cannot be: finite, so that 0 times it is 0.
-IMPOSSIBLE = -1e9
-
-
-def _logits(
-    scores: Float[np.ndarray, "*batch n m"],
-    slope: Float[np.ndarray, "*batch"],
-    intercept: Float[np.ndarray, "*batch m"],
-    allowed: Bool[np.ndarray, "n m"],
-) -> Float[np.ndarray, "*batch n m"]:
-    # (C - 1)/C makes two classes the usual logistic of one standardised score.
-    factor = (scores.shape[-1] - 1) / scores.shape[-1]
-    logits = factor * slope[..., None, None] * scores + intercept[..., None, :]
-    return np.where(allowed, logits, IMPOSSIBLE)
-
-
-def _cross_entropy(
-    logits: Float[np.ndarray, "*batch n m"], classes: Float[np.ndarray, "n m"]
-) -> Float[np.ndarray, "*batch n"]:
-    return np.asarray(np.logaddexp.reduce(logits, -1) - (logits * classes).sum(-1))
-
-
-def _fit_platt(
-    scores: Float[np.ndarray, "*batch n m"],
-    classes: Float[np.ndarray, "n m"],
-    allowed: Bool[np.ndarray, "n m"],
-) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch m"]]:
-    """Slope and intercepts by Newton's method on the penalised log-likelihood (convex)."""
-    m = scores.shape[-1]
-    factor = (m - 1) / m
-    theta = np.zeros((*scores.shape[:-2], 1 + m))
-    # The slope's prior; the intercepts' is next to none and only fixes their common shift.
-    prior = np.diag([1.0, *[1e-6] * m])
-    for _ in range(20):
-        logits = _logits(scores, theta[..., 0], theta[..., 1:], allowed)
-        p = np.exp(logits - np.logaddexp.reduce(logits, -1, keepdims=True))
-        slack = p - classes
-        gradient = np.concatenate([factor * (slack * scores).sum((-2, -1))[..., None], slack.sum(-2)], -1)
-        mean = (p * scores).sum(-1, keepdims=True)
-        across = factor * p * (scores - mean)
-        hessian = np.empty((*theta.shape, 1 + m))
-        hessian[..., 0, 0] = factor**2 * (p * scores**2).sum((-2, -1)) - factor**2 * (mean**2).sum((-2, -1))
-        hessian[..., 0, 1:] = hessian[..., 1:, 0] = across.sum(-2)
-        hessian[..., 1:, 1:] = np.eye(m) * p.sum(-2)[..., None, :] - np.swapaxes(p, -1, -2) @ p
-        step = np.linalg.solve(hessian + prior, (gradient + theta @ prior)[..., None])[..., 0]
-        theta = theta - np.clip(step, -2, 2)
-        if abs(step).max() < 1e-8:
-            break
-    return theta[..., 0], theta[..., 1:]
-
-
-def entropy(labels: Int[np.ndarray, " n"], given: Int[np.ndarray, " n"] | None = None) -> float:
-    """Bits that knowing the label is worth, to one who knows the coarse class where one is `given`."""
-    if given is not None:
-        return entropy(np.unique(np.stack([given, labels]), axis=1, return_inverse=True)[1]) - entropy(given)
-    share = np.bincount(labels) / len(labels)
-    share = share[share > 0]
-    return float(-(share * np.log2(share)).sum())
-
-
-def grade_entropy(grades: Float[np.ndarray, " n"]) -> float:
-    """Differential entropy in bits of a normal distribution with the grades' variance."""
-    return float(np.log2(2 * np.pi * np.e * grades.var()) / 2)
-
-
-def bits(losses: Float[np.ndarray, "layer unit"], label_entropy: float, contrasts: int = 1) -> Curve:
-    """What a probe trained on this many scenarios extracts: label entropy minus log-loss, 95 % interval.
-
-    A probe that had bad luck with its scenarios learns next to nothing and has losses all alike: from their spread alone the
-    interval held the truth in .82-.89 where 40 scenarios show little. The variance of the interval is therefore nowhere
-    smaller than b (H - b), that of knowing a share b / H of the labels and nothing of the others, at the bits b it supposes;
-    divided by how many `contrasts` a scenario shows, one fewer than categories.
-    """
-    n = losses.shape[-1]
-    plain = paired_t(label_entropy - losses, 1 - losses.mean(-1) / label_entropy)
-    centre, t = plain.value, critical_t(n - 1)
-    # |centre - b| = factor t sqrt(b (H - b) / n), solved for b as in Wilson's interval.
-    weight = (READING_FACTOR * t) ** 2 / (n * contrasts)
-    middle = centre + weight * label_entropy / 2
-    found = middle**2 - (1 + weight) * centre**2
-    # Where all texts are the same state, no scenarios would teach anything.
-    empty = np.ptp(losses, axis=-1) < 1e-12
-    root = np.sqrt(np.where((found >= 0) & ~empty, found, np.nan))
-    ends = (middle - root) / (1 + weight), (middle + root) / (1 + weight)
-    return Curve(centre, np.fmin(plain.lower, ends[0]), np.fmax(plain.upper, ends[1]))
-
-
-def grade_bits(losses: Float[np.ndarray, "layer unit"], label_entropy: float) -> Curve:
-    """The same of grades, whose bits have no upper bound: a t interval over scenarios."""
-    return paired_t(label_entropy - losses)
-
-
-def bits_difference(
-    base: Float[np.ndarray, "layer unit"],
-    aligned: Float[np.ndarray, "layer unit"],
-    label_entropy: float | None = None,
-) -> Curve:
-    """bits(aligned) - bits(base) from two models' losses on the same units, paired t over units.
-
-    Without the entropy of the labels (grades have none that bounds their bits) as wide as where nothing is read.
-    """
-    share = np.zeros(len(base))
-    if label_entropy is not None:
-        share = 1 - np.minimum(base.mean(-1), aligned.mean(-1)) / label_entropy
-    return paired_t(base - aligned, share)
-
-
-def paired_t(
-    values: Float[np.ndarray, "layer unit"], share: Float[np.ndarray, " layer"] | float = 0.0
-) -> Curve:
-    """Mean over units whose probes share scenarios, 95 % t interval widened for that (`share` as in `stats.widened`)."""
+def paired_t(values: Float[np.ndarray, "layer unit"]) -> Curve:
+    """Mean over units whose probes share scenarios, 95 % t interval widened for that."""
     plain = mean_interval(values)
-    reach = widened(np.broadcast_to(share, plain.value.shape), READING_FACTOR) * (plain.upper - plain.value)
+    reach = READING_FACTOR * (plain.upper - plain.value)
     return Curve(plain.value, plain.value - reach, plain.value + reach)

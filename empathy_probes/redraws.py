@@ -25,6 +25,8 @@ from empathy_probes.kernels import mean_product, pair_strengths
 CURVES = ("base", "aligned", "difference", "attenuation", "specific", "band")
 DECISIONS = ("", "attenuated", "amplified", "equivalent", "inconclusive")
 DRAWS = 1000
+# What an interval is forgiven: float32 in its stored ends, and rounding where nothing differs.
+ROUNDING = 1e-6
 # Numbers in the kernels of the redraws that are compared at once: 16 MB.
 CACHED = 2_000_000
 
@@ -188,7 +190,8 @@ class Outcomes:
         value, lower, upper = np.moveaxis(self.curves[..., CURVES.index("band"), :].astype(np.float64), -1, 0)
         lacks = 1 / np.sqrt(1 - self.n / self.population.min()) - 1
         with np.errstate(divide="ignore", invalid="ignore"):
-            error = np.log1p(-value) - np.log1p(-self.truth[..., CURVES.index("band")])
+            kept = np.log1p(-value)
+            error = kept - kept.mean(0)
             moved = np.exp(lacks * np.where(np.isfinite(error), error, 0.0))
         return 1 - (1 - lower) * moved > margin, 1 - (1 - upper) * moved < -margin
 
@@ -204,19 +207,22 @@ def holds(
 
     Args:
         truth: what is estimated.
-        intervals: value and ends.
-        drawn: part of the population that a sample is: without replacement, errors are smaller by sqrt(1 - drawn).
+        intervals: value and ends; the first axis are redraws.
+        drawn: part of the population that a sample is: without replacement, errors are smaller by sqrt(1 - drawn). By how much
+            the values are off on average they would be with fresh scenarios as well, and is held against the whole interval.
         strength: cut off at 0 below.
         share: attenuation or cosine, whose upper end 1 says "no bound".
     """
     value, lower, upper = np.moveaxis(intervals.astype(np.float64), -1, 0)
     shorter = np.sqrt(1 - drawn)
     centre = np.where(np.isnan(value), (lower + upper) / 2, value)
+    with np.errstate(invalid="ignore"):
+        mean = value.mean(0)
+        aim = np.where(np.isfinite(mean), mean + shorter * (truth - mean), truth)
     low = np.where(strength & (lower == 0), lower, centre - shorter * (centre - lower))
     high = np.where(share & (upper >= 1), upper, centre + shorter * (upper - centre))
     low, high = np.where(np.isnan(lower), -np.inf, low), np.where(np.isnan(upper), np.inf, high)
-    slack = 1e-6  # float32 in the stored ends, and rounding where nothing differs
-    return (low - slack <= truth) & (truth <= high + slack)
+    return (low - ROUNDING <= aim) & (aim <= high + ROUNDING)
 
 
 def check_size(population: int, n: int) -> None:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from empathy_probes.bits import INFLUENCE, bits, bits_difference, entropy, grade_bits, grade_entropy
 from empathy_probes.coding import coarse_numbers
 from empathy_probes.contrasts import Contrast, TemplateShift
 from empathy_probes.decisions import Judgement
 from empathy_probes.geometry import cosine_from_kernels
 from empathy_probes.measurements import ALIGNED, BASE, MAPPED, OWN, PLAIN, Measurement
-from empathy_probes.probes import (
-    READING_FACTOR,
-    bits,
-    bits_difference,
-    entropy,
-    grade_bits,
-    grade_entropy,
-    paired_t,
-)
-from empathy_probes.stats import Curve, critical_t, fieller_ratio, widened
+from empathy_probes.probes import paired_t
+from empathy_probes.stats import Curve, critical_t, fieller_ratio
 
 COLUMNS = [
     "concept",
@@ -215,9 +208,8 @@ def separation_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iter
 def bits_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What a probe extracts about the label."""
     if m.kind == "graded":
-        return _bits_rows(m, n_layers, flags, "bits", m.views.losses, grade_entropy(m.labels), None)
-    whole, contrasts = entropy(m.labels.astype(int)), max(len(m.categories), 2) - 1
-    return _bits_rows(m, n_layers, flags, "bits", m.views.losses, whole, contrasts)
+        return _bits_rows(m, n_layers, flags, "bits", m.views.losses, grade_bits, grade_entropy(m.labels))
+    return _bits_rows(m, n_layers, flags, "bits", m.views.losses, bits, entropy(m.labels.astype(int)))
 
 
 def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -225,8 +217,8 @@ def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Ite
     coarse = coarse_numbers(m.categories, m.labels)
     if coarse is None:
         return iter(())
-    whole, contrasts = entropy(m.labels.astype(int), coarse), len(m.categories) - len(np.unique(coarse))
-    return _bits_rows(m, n_layers, flags, "granularity", m.views.fine_losses, whole, contrasts)
+    whole = entropy(m.labels.astype(int), coarse)
+    return _bits_rows(m, n_layers, flags, "granularity", m.views.fine_losses, bits, whole)
 
 
 def _bits_rows(
@@ -234,30 +226,28 @@ def _bits_rows(
     n_layers: int,
     flags: Sequence[str],
     measure: str,
-    both: Float[np.ndarray, "model=2 layer unit"],
+    both: Float[np.ndarray, "model=2 what=3 layer unit"],
+    read: Callable[[Float[np.ndarray, "what=3 layer unit"], float], Curve],
     whole: float,
-    contrasts: int | None,
 ) -> Iterator[dict[str, Any]]:
-    """Compared as a difference, and relative to the base where that is detected; `contrasts` are None of grades."""
+    """Compared as a difference, and relative to the base where that is detected."""
     losses = both.astype(float)
     n = losses.shape[-1]
-    if contrasts is None:
-        base, aligned = (grade_bits(side, whole) for side in losses)
-        share, difference = np.zeros(losses.shape[:2]), bits_difference(losses[0], losses[1])
-    else:
-        base, aligned = (bits(side, whole, contrasts) for side in losses)
-        share = np.stack([base.value, aligned.value]) / whole
-        difference = bits_difference(losses[0], losses[1], whole)
-    factor = widened(share, READING_FACTOR)
-    covariance = np.stack([np.cov(losses[:, i]) for i in range(losses.shape[1])], -1)
-    covariance *= factor * factor[:, None] / n
+    base, aligned = (read(side, whole) for side in losses)
+    influence = losses[:, INFLUENCE]
+    covariance = np.einsum("alu,blu->abl", influence, influence) / (n * (n - 1))
     ratio = fieller_ratio(base.value, aligned.value, covariance, critical_t(n - 1))
     kept = Curve(ratio.value, ratio.lower, ratio.upper)
     positive = base.lower > 0
     attenuation = Curve(*(np.where(positive, 1 - x, np.nan) for x in (kept.value, kept.upper, kept.lower)))
     if m.same_model:
         attenuation = Curve(*(np.where(positive, 0.0, x) for x in vars(attenuation).values()))
-    curves = {"base": base, "aligned": aligned, "difference": difference, "attenuation": attenuation}
+    curves = {
+        "base": base,
+        "aligned": aligned,
+        "difference": bits_difference(*losses),
+        "attenuation": attenuation,
+    }
     own = [[*([] if known else ["base_not_detected"]), *flags] for known in positive]
     return _curve_rows(m, n_layers, measure, curves, own)
 

@@ -23,7 +23,7 @@ from empathy_probes.concepts import Concept
 from empathy_probes.geometry import whitened_strengths
 from empathy_probes.kernels import is_strong, mean_product, pair_kernels, strength_kernels
 from empathy_probes.measurements import Measurement, measure_concept, neutral_states
-from empathy_probes.redraws import check_size, holds
+from empathy_probes.redraws import ROUNDING, check_size, holds
 from empathy_probes.rows import bits_rows, cosine_rows, reading_rows, separation_rows, transfer_rows
 from empathy_probes.stats import d_prime
 
@@ -185,10 +185,14 @@ def _turned(
 
 
 def proportions(readings: Sequence[Readings], index: int) -> Float[np.ndarray, " redraw"]:
-    """Zeros and ones of one measure over all pairs of a cell, without redraws that leave it blank."""
+    """Zeros and ones of one measure over all pairs of a cell, without redraws that leave it blank.
+
+    Where both models are equal but for rounding, an interval as narrow as that says nothing by holding the truth.
+    """
     entries = []
     for r in readings:
-        ends = r.values[:, index, 1:].astype(np.float64)
-        blank = np.isnan(ends).all(-1) | (ends[:, 1] - ends[:, 0] < 1e-9) | np.isnan(r.truth[index])
-        entries.append(r.covers()[~blank, index].astype(float))
+        lower, upper = np.moveaxis(r.values[:, index, 1:].astype(np.float64), -1, 0)
+        held = r.covers()[:, index]
+        blank = (np.isnan(lower) & np.isnan(upper)) | np.isnan(r.truth[index])
+        entries.append(held[~blank & ~(held & (upper - lower < 10 * ROUNDING))].astype(float))
     return np.concatenate(entries)

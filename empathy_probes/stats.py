@@ -319,7 +319,7 @@ def d_prime(area: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 def widened(share: Float[np.ndarray, "..."], widen: float) -> Float[np.ndarray, "..."]:
     """How many times as wide an interval over scenarios must be whose scores were learnt from the same scenarios.
 
-    `share` is what the scores tell of what there is to tell: (2 AUROC - 1)^2, r^2, bits of the entropy. At 0 it is `widen`; a probe
+    `share` is what the scores tell of what there is to tell: (2 AUROC - 1)^2, r^2. At 0 it is `widen`; a probe
     that reads everything does so whichever scenarios it learns from, and with one factor for all, intervals of strong
     readings held the truth in .99-1.00 (docs/simulations).
     """

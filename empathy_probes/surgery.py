@@ -294,7 +294,8 @@ def _gated_neurons(
         gate, _offset, _on = _indicator(u, arrivals)
         both = np.tile(gate, (len(rows), 1))
         g = u @ gate
-        silu = g / (1 + np.exp(-g))
+        with np.errstate(over="ignore"):  # a gate far below 0 is shut: g / inf
+            silu = g / (1 + np.exp(-g))
         # The second of each pair has the opposite sign on both sides: twice the same.
         return [(np.vstack([both, both]), None), (np.vstack([rows, -rows]), None)], 2 * silu[:, None] * z
     factors = []

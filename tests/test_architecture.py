@@ -22,7 +22,7 @@ FLOORS = (
     {"public_data"},
     {"kernels", "stimuli", "activations", "grammar", "results", "weights"},
     {"prompts", "probes", "checkpoints", "coding", "concepts", "contrasts", "hooks", "surgery", "alignment"},
-    {"models", "controls", "geometry", "nulls", "audit"},
+    {"models", "controls", "geometry", "nulls", "audit", "bits"},
     {"pairs", "extraction", "decisions", "measurements", "lens", "selfchecks", "vectors", "audit_tables"},
     {"design", "planting", "redraws", "rows"},
     {"directions", "gains", "readouts", "writes"},

@@ -5,18 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import Ridge
 
 from empathy_probes.probes import (
     AREA_FACTOR,
-    _fit_platt,
-    bits,
-    bits_difference,
     count_words,
     counted_scores,
-    cross_fitted_losses,
     cross_fitted_scores,
-    entropy,
     left_out_scores,
     lexical_scores,
     paired_scores,
@@ -26,7 +21,6 @@ from empathy_probes.stats import (
     area_interval,
     auroc,
     auroc_interval,
-    binomial_interval,
     grouped_folds,
 )
 
@@ -171,17 +165,6 @@ def test_the_bag_of_words_finds_a_keyword_and_nothing_where_there_is_none(word: 
     assert area > floor and (word or abs(area - 0.5) < 0.15)
 
 
-# ---------------------------------------------------------------- bits
-
-
-def contrast(n: int, gap: float, seed: int = 0, width: int = 12) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    rng = np.random.default_rng(seed)
-    labels = np.tile([1, 0], n)
-    rows = rng.standard_normal((2 * n, 2, width))
-    rows[..., 0] += gap * labels[:, None]
-    return rows, labels, [str(i // 2) for i in range(2 * n)]
-
-
 @pytest.mark.parametrize("characters", [False, True])
 def test_a_floor_equals_scikit_learns_vectorizer_fitted_on_the_training_folds(characters: bool) -> None:
     generator = np.random.default_rng(3)
@@ -198,96 +181,3 @@ def test_a_floor_equals_scikit_learns_vectorizer_fitted_on_the_training_folds(ch
         expected[~train] = cross_fitted_scores(features, labels[None], folds)[0, 0, ~train]
     counts, _ = count_words(texts, characters=characters)
     np.testing.assert_allclose(counted_scores(counts, labels[None], units, 7)[0], expected, atol=1e-12)
-
-
-def test_bits_are_none_on_noise_and_never_more_than_the_label_is_worth() -> None:
-    none = [bits(cross_fitted_losses(*contrast(40, 0.0, seed)), 1.0).value for seed in range(12)]
-    assert -0.08 < np.mean(none) < 0.02
-    much = bits(cross_fitted_losses(*contrast(40, 12.0)), 1.0).value
-    assert (much > 0.9).all() and (much <= 1).all()
-    assert entropy(np.array([0, 1, 2, 3])) == 2 and entropy(np.array([0, 1, 0, 1])) == 1
-
-
-def test_a_probe_that_learnt_nothing_does_not_know_that_there_is_nothing_to_learn() -> None:
-    # All losses nearly alike: their spread says nothing about what other scenarios would have taught.
-    alike = 0.99 + np.tile([-1e-3, 1e-3], 200)[None]
-    curve = bits(alike[:, :40], 1.0)
-    assert curve.value[0] == pytest.approx(0.01) and curve.upper[0] > 0.2 and curve.lower[0] < 0.001
-    assert bits(alike, 1.0).upper[0] < 0.06
-    # Four categories show three contrasts in every scenario; what a probe surely loses needs no such bound.
-    assert bits(1 + alike[:, :40], 2.0, 3).upper[0] < bits(1 + alike[:, :40], 2.0).upper[0]
-    # States that are all the same teach nothing for sure.
-    same = bits(
-        cross_fitted_losses(np.zeros((80, 1, 4)), np.tile([0, 1], 40), [str(i // 2) for i in range(80)]), 1.0
-    )
-    assert abs(np.array([same.value, same.lower, same.upper])).max() < 1e-9
-    harmful = bits(1.5 + np.linspace(-0.1, 0.1, 40)[None], 1.0)
-    assert harmful.lower[0] < harmful.value[0] < harmful.upper[0] < -0.4
-
-
-def test_bits_of_a_weak_signal_cover_what_such_probes_extract_on_average() -> None:
-    # Forty scenarios that show little: from the spread of losses alone .83 of intervals held the mean.
-    rng = np.random.default_rng(5)
-    labels, units = np.tile([0, 1], 40), [str(i // 2) for i in range(80)]
-    rows = rng.standard_normal((80, 300, 24)) + 1.3 * labels[:, None, None] * np.eye(24)[0]
-    curve = bits(cross_fitted_losses(rows, labels, units, repeats=1), 1.0)
-    truth = curve.value.mean()
-    assert 0.05 < truth < 0.3
-    held = binomial_interval(int(((curve.lower <= truth) & (truth <= curve.upper)).sum()), 300)
-    assert held.upper > 0.95 and held.value > 0.92
-
-
-def test_bits_do_not_depend_on_scale_rotation_or_order() -> None:
-    rows, labels, units = contrast(30, 1.5)
-    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((12, 12)))[0]
-    first = cross_fitted_losses(rows, labels, units)
-    np.testing.assert_allclose(cross_fitted_losses(5 * rows @ turn, labels, units), first, atol=1e-9)
-    order = np.random.default_rng(2).permutation(60)
-    moved = cross_fitted_losses(rows[order], labels[order], [units[i] for i in order])
-    names = list(dict.fromkeys(units[i] for i in order))
-    np.testing.assert_allclose(moved[:, [names.index(str(i)) for i in range(30)]], first, atol=1e-9)
-
-
-def test_telling_every_text_three_times_adds_no_certainty() -> None:
-    rows, labels, units = contrast(40, 1.5)
-    once = bits(cross_fitted_losses(rows, labels, units), 1.0)
-    thrice = bits(
-        cross_fitted_losses(np.repeat(rows, 3, 0), np.repeat(labels, 3), list(np.repeat(units, 3))), 1.0
-    )
-    assert ((thrice.upper - thrice.lower) > 0.85 * (once.upper - once.lower)).all()
-
-
-def test_the_calibration_of_two_classes_is_a_penalised_logistic_regression() -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 200)
-    score = rng.standard_normal(200) + labels
-    score = (score - score.mean()) / score.std()
-    slope, intercept = _fit_platt(np.stack([-score, score], -1), np.eye(2)[labels], np.ones((200, 2), bool))
-    peer = LogisticRegression(C=1.0).fit(score[:, None], labels)  # C = 1 is an N(0, 1) prior on the slope
-    # Two class scores -s and s make a logit of slope * s: (C - 1)/C of their difference.
-    np.testing.assert_allclose(slope, peer.coef_[0, 0], rtol=1e-3)
-    np.testing.assert_allclose(intercept[1] - intercept[0], peer.intercept_[0], atol=1e-3)
-
-
-def test_eight_classes_are_worth_up_to_three_bits() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.tile(np.arange(8), 25)
-    rows = 0.2 * rng.standard_normal((200, 1, 16)) + np.eye(16)[labels][:, None]
-    found = bits(
-        cross_fitted_losses(rows, labels, [str(i // 8) for i in range(200)], repeats=1), entropy(labels)
-    )
-    assert 2 < found.value[0] <= 3
-
-
-def test_a_difference_of_bits_is_paired_and_exactly_zero_for_equal_models() -> None:
-    losses = cross_fitted_losses(*contrast(40, 1.0))
-    same = bits_difference(losses, losses)
-    assert (same.value == 0).all() and (same.lower == 0).all() and (same.upper == 0).all()
-    assert (bits_difference(losses, losses + 0.1).upper < 0).all()
-    # The more one of the two reads, the less it depends on what it learnt from.
-    other = losses + 0.1 * np.random.default_rng(0).standard_normal(losses.shape)
-    wide, narrow = bits_difference(losses, other), bits_difference(losses, other, 1.0)
-    share = 1 - np.minimum(losses.mean(-1), other.mean(-1))
-    np.testing.assert_allclose(
-        (narrow.upper - narrow.lower) / (wide.upper - wide.lower), (1.6 - 0.6 * share) / 1.6
-    )

@@ -29,7 +29,7 @@ from empathy_probes.kernels import strength_kernels, u_statistic
 from empathy_probes.measurements import measure_concept
 from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import FAMILIES, TRAINED, list_bases
-from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, redraw
+from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, holds, redraw
 from empathy_probes.scorecard import METRIC_WORDS, METRICS, Case, Scorecard, Target, load_scorecard, score
 from empathy_probes.scorepage import render_scorecard, write_scorecard
 from empathy_probes.secondary import MEASURES, Exhibit, Readings, proportions, read_redraws
@@ -206,16 +206,32 @@ def test_decisions_are_scored_with_the_errors_of_fresh_scenarios() -> None:
 @pytest.mark.parametrize(("own", "held"), [(1.0, True), (0.1, False)])
 def test_what_is_relative_to_controls_errs_with_the_scenarios_of_both(own: float, held: bool) -> None:
     """The truth lies .8 of the way to the end: beyond it once shortened as for controls, within it as for the target."""
-    curves = np.zeros((1, 2, 1, len(CURVES), 3), np.float32)
+    specific = CURVES.index("specific")
+    curves = np.zeros((2, 2, 1, len(CURVES), 3), np.float32)
     for name, width in (("attenuation", own), ("specific", 1.0)):
         curves[:, 0, 0, CURVES.index(name)] = 1 - np.exp([0.0, width / 2, -width / 2])
     truth = np.zeros((2, 1, len(CURVES)))
-    truth[0, 0, CURVES.index("specific")] = 0.8 * (1 - np.exp(-0.5))
+    truth[0, 0, specific] = 0.8 * (1 - np.exp(-0.5))
+    curves[1, 0, 0, specific] += (
+        2 * truth[0, 0, specific]
+    )  # as far off on the other side: on average not at all
     outcomes = Outcomes(
-        100, np.array([500, 200]), ("a", "b"), (0,), truth, np.ones((6, 1)), curves, np.zeros((1, 2, 1), np.int8),
-        np.zeros((1, 2, 1)), np.zeros((1, 2, 1), bool), np.zeros((1, 2), bool),
+        100, np.array([500, 200]), ("a", "b"), (0,), truth, np.ones((6, 1)), curves, np.zeros((2, 2, 1), np.int8),
+        np.zeros((2, 2, 1)), np.zeros((2, 2, 1), bool), np.zeros((2, 2), bool),
     )  # fmt: skip
-    assert outcomes.covers()[0, 0, 0, CURVES.index("specific")] == held
+    assert outcomes.covers()[0, 0, 0, specific] == held
+
+
+@pytest.mark.parametrize(("bias", "covered"), [(0.0, 0.95), (1.0, 0.83)])
+def test_what_an_estimate_is_off_on_average_is_not_the_samples_doing(bias: float, covered: float) -> None:
+    """Half of a population errs by less than fresh scenarios, but is off by as much: P(|z + bias| < 1.96) of both."""
+    values = bias + np.sqrt(0.5) * np.random.default_rng(0).standard_normal(4000)
+    intervals = values[:, None, None] + np.array([0, -1.96, 1.96])
+    no = np.array([False])
+    held = holds(np.zeros(1), intervals, 0.5, no, no).mean()
+    assert held == pytest.approx(covered, abs=0.015)
+    # Shortened whole, biased intervals would hold less.
+    assert bias == 0 or held > (abs(values) < np.sqrt(0.5) * 1.96).mean() + 0.05
 
 
 def test_a_blank_is_no_equivalence_where_the_concept_is_carried(case: Case) -> None:
@@ -421,6 +437,14 @@ def test_an_interval_up_to_all_of_it_holds_all_of_it_also_of_a_finite_population
     values[:, index] = [[0.8, 0.6, 1.0], [0.8, 0.6, 0.9]]
     readings = Readings(40, 80, np.ones(len(MEASURES)), values)
     assert readings.covers()[:, index].tolist() == [True, False]
+
+
+def test_an_interval_as_narrow_as_rounding_is_no_evidence_unless_it_misses() -> None:
+    index = MEASURES.index(("bits", "difference"))
+    values = np.full((3, len(MEASURES), 3), np.nan, np.float32)
+    values[:, index] = [[0, -2e-6, 2e-6], [0.1, 0.1, 0.1], [-0.1, -0.2, 0.2]]
+    readings = Readings(40, 4000, np.zeros(len(MEASURES)), values)
+    assert proportions([readings], index).tolist() == [0, 1]
 
 
 def test_the_scorecard_has_rows_of_secondary_measures(tmp_path: Path) -> None:

@@ -15,19 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from empathy_probes.coding import coarse_numbers, contrast_codes
-from empathy_probes.probes import (
-    AREA_FACTOR,
+from empathy_probes.bits import (
     bits,
     bits_difference,
     cross_fitted_grade_losses,
     cross_fitted_losses,
-    cross_fitted_scores,
     entropy,
     grade_bits,
     grade_entropy,
-    paired_t,
 )
+from empathy_probes.coding import coarse_numbers, contrast_codes
+from empathy_probes.probes import AREA_FACTOR, cross_fitted_scores, paired_t
 from empathy_probes.rows import scenario_slopes
 from empathy_probes.stats import (
     Curve,
@@ -49,7 +47,6 @@ KINDS: dict[LabelKind, tuple[np.ndarray, np.ndarray]] = {
     "graded": (np.arange(3.0), np.eye(2, WIDTH)[:1] * np.arange(3)[:, None] / 2),
     "categorical": (np.arange(4.0), np.eye(4, WIDTH) + np.eye(6, WIDTH)[[4, 4, 5, 5]]),
 }
-CONTRASTS = {("binary", "bits"): 1, ("categorical", "bits"): 3, ("categorical", "granularity"): 2}
 NAMES = ("a/x", "a/y", "b/x", "b/y")
 
 
@@ -88,8 +85,8 @@ def readings(kind: LabelKind, states: np.ndarray, labels: np.ndarray, units: lis
             found[f"{name} difference"] = bits_difference(base, aligned)
         else:
             whole = entropy(labels.astype(int), None if name == "bits" else coarse)
-            found[f"{name} base"] = bits(base, whole, CONTRASTS[kind, name])
-            found[f"{name} difference"] = bits_difference(base, aligned, whole)
+            found[f"{name} base"] = bits(base, whole)
+            found[f"{name} difference"] = bits_difference(base, aligned)
     codes = contrast_codes(kind, labels)
     base, aligned = (cross_fitted_scores(x, codes, folds) for x in states)
     if kind == "graded":

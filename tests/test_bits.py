@@ -1,0 +1,192 @@
+"""Bits: what a probe extracts, and how far that errs with the scenarios it learnt from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from empathy_probes import bits as module
+from empathy_probes.bits import (
+    INFLUENCE,
+    LOSS,
+    PAIR,
+    _Dual,
+    _fit_platt,
+    bits,
+    bits_difference,
+    cross_fitted_grade_losses,
+    cross_fitted_losses,
+    entropy,
+)
+from empathy_probes.stats import binomial_interval, critical_t
+
+
+def contrast(n: int, gap: float, seed: int = 0, width: int = 12) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    rng = np.random.default_rng(seed)
+    labels = np.tile([1, 0], n)
+    rows = rng.standard_normal((2 * n, 2, width))
+    rows[..., 0] += gap * labels[:, None]
+    return rows, labels, [str(i // 2) for i in range(2 * n)]
+
+
+def test_bits_are_none_on_noise_and_never_more_than_the_label_is_worth() -> None:
+    none = [bits(cross_fitted_losses(*contrast(40, 0.0, seed)), 1.0).value for seed in range(12)]
+    assert -0.08 < np.mean(none) < 0.02
+    much = bits(cross_fitted_losses(*contrast(40, 12.0)), 1.0).value
+    assert (much > 0.9).all() and (much <= 1).all()
+    assert entropy(np.array([0, 1, 2, 3])) == 2 and entropy(np.array([0, 1, 0, 1])) == 1
+
+
+def test_states_that_are_all_the_same_teach_nothing_for_sure() -> None:
+    units = [str(i // 2) for i in range(80)]
+    same = bits(cross_fitted_losses(np.zeros((80, 1, 4)), np.tile([0, 1], 40), units), 1.0)
+    assert abs(np.array([same.value, same.lower, same.upper])).max() < 1e-9
+
+
+def test_a_probes_scores_without_some_texts_are_those_of_one_that_never_saw_them() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((50, 9)) + 3, rng.standard_normal((50, 2))
+    train, test = np.arange(40), np.arange(40, 50)
+    centred = x[train] - x[train].mean(0)
+    penalty = 0.7 * (centred**2).sum() / 40
+    whole = Ridge(alpha=penalty).fit(x[train], y[train]).predict(x[test])
+    sets = np.array([[3, 4, 5], [0, 50, 50], [45, 46, 50]])  # 50: none, and the last were never learnt from
+    moves = _Dual(x @ x.T, y, train, test, 0.7).moves(sets)
+    for without, moved in zip(sets, moves, strict=True):
+        left = np.setdiff1d(train, without)
+        expected = Ridge(alpha=penalty).fit(x[left], y[left]).predict(x[test])
+        np.testing.assert_allclose(whole + moved, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["binary", "graded", "categorical"])
+def test_an_influence_is_what_probes_trained_without_the_scenario_lose(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folds and penalty as they were; what is left of a difference is the unit of penalty and scores."""
+    n, k = 25, 4 if kind == "categorical" else 2
+    rng = np.random.default_rng(1)
+    units = [str(i // k) for i in range(n * k)]
+    labels = np.tile(np.arange(k), n)
+    x = rng.standard_normal((n * k, 1, 8)) + 2 * np.eye(8)[labels][:, None]
+
+    def folds(names: list[str], _: int, seed: int) -> np.ndarray:
+        return np.array([(int(name) // 5 if seed % 2 else int(name)) % 5 for name in names])
+
+    def losses(rows: np.ndarray) -> np.ndarray:
+        some = [units[i] for i in rows]
+        if kind == "graded":
+            return cross_fitted_grade_losses(x[rows], labels[rows] * 1.0, some, repeats=1)
+        return cross_fitted_losses(x[rows], labels[rows], some, repeats=1)
+
+    monkeypatch.setattr(module, "grouped_folds", folds)
+    monkeypatch.setattr(module, "PENALTIES", (1.0,))
+    whole = losses(np.arange(n * k))[:, 0]
+    place = np.arange(n * k) // k
+    one = np.array([losses(np.flatnonzero(place != i))[LOSS, 0].mean() for i in range(n)])
+    expected = (n - 1) * (one.mean() - one)
+    assert np.corrcoef(whole[INFLUENCE], expected)[0, 1] > 0.99
+    assert whole[INFLUENCE].std() == pytest.approx(expected.std(), rel=0.05)
+    ring = np.random.default_rng([0, 41]).permutation(np.argsort([str(i) for i in range(n)]))
+    pairs = np.array(
+        [
+            n * whole[LOSS].mean() - (n - 1) * (one[a] + one[b])
+            + (n - 2) * losses(np.flatnonzero((place != a) & (place != b)))[LOSS, 0].mean()
+            for a, b in zip(ring, np.roll(ring, -1), strict=True)
+        ]
+    )  # fmt: skip
+    assert np.corrcoef(whole[PAIR], pairs)[0, 1] > 0.8
+    assert whole[PAIR].std() == pytest.approx(pairs.std(), rel=0.35)
+
+
+def test_bits_of_a_weak_signal_cover_what_such_probes_extract_on_average() -> None:
+    # Forty scenarios that show little: from the spread of losses alone .83 of intervals held the mean.
+    rng = np.random.default_rng(5)
+    labels, units = np.tile([0, 1], 40), [str(i // 2) for i in range(80)]
+    rows = rng.standard_normal((80, 200, 24)) + 1.3 * labels[:, None, None] * np.eye(24)[0]
+    losses = cross_fitted_losses(rows, labels, units, repeats=1)
+    curve = bits(losses, 1.0)
+    truth = curve.value.mean()
+    assert 0.05 < truth < 0.3
+    held = binomial_interval(int(((curve.lower <= truth) & (truth <= curve.upper)).sum()), 200)
+    assert held.upper > 0.95 and held.value > 0.92
+    plain = critical_t(39) * losses[LOSS].std(-1, ddof=1) / np.sqrt(40)
+    assert (abs(curve.value - truth) <= plain).mean() < 0.9
+
+
+def test_bits_do_not_depend_on_scale_rotation_or_order() -> None:
+    rows, labels, units = contrast(30, 1.5)
+    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((12, 12)))[0]
+    first = cross_fitted_losses(rows, labels, units)
+    np.testing.assert_allclose(cross_fitted_losses(5 * rows @ turn, labels, units), first, atol=1e-9)
+    order = np.random.default_rng(2).permutation(60)
+    moved = cross_fitted_losses(rows[order], labels[order], [units[i] for i in order])
+    names = list(dict.fromkeys(units[i] for i in order))
+    moved = moved[..., [names.index(str(i)) for i in range(30)]]
+    np.testing.assert_allclose(moved[[LOSS, INFLUENCE]], first[[LOSS, INFLUENCE]], atol=1e-9)
+    # Pairs stand in the order of the ring, which goes by name.
+    ring = cross_fitted_losses(rows[order], labels[order], [units[i] for i in order])[PAIR]
+    np.testing.assert_allclose(ring, first[PAIR], atol=1e-9)
+
+
+def test_telling_every_text_three_times_adds_no_certainty() -> None:
+    rows, labels, units = contrast(40, 1.5)
+    once = bits(cross_fitted_losses(rows, labels, units), 1.0)
+    thrice = bits(
+        cross_fitted_losses(np.repeat(rows, 3, 0), np.repeat(labels, 3), list(np.repeat(units, 3))), 1.0
+    )
+    assert ((thrice.upper - thrice.lower) > 0.85 * (once.upper - once.lower)).all()
+
+
+def test_the_calibration_of_two_classes_is_a_penalised_logistic_regression() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    score = rng.standard_normal(200) + labels
+    score = (score - score.mean()) / score.std()
+    slope, intercept = _fit_platt(np.stack([-score, score], -1), np.eye(2)[labels], np.ones((200, 2), bool))
+    peer = LogisticRegression(C=1.0).fit(score[:, None], labels)  # C = 1 is an N(0, 1) prior on the slope
+    # Two class scores -s and s make a logit of slope * s: (C - 1)/C of their difference.
+    np.testing.assert_allclose(slope, peer.coef_[0, 0], rtol=1e-3)
+    np.testing.assert_allclose(intercept[1] - intercept[0], peer.intercept_[0], atol=1e-3)
+
+
+def test_eight_classes_are_worth_up_to_three_bits() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.tile(np.arange(8), 25)
+    rows = 0.2 * rng.standard_normal((200, 1, 16)) + np.eye(16)[labels][:, None]
+    found = bits(
+        cross_fitted_losses(rows, labels, [str(i // 8) for i in range(200)], repeats=1), entropy(labels)
+    )
+    assert 2 < found.value[0] <= 3
+
+
+def test_a_difference_of_bits_is_paired_and_exactly_zero_for_equal_models() -> None:
+    losses = cross_fitted_losses(*contrast(40, 1.0))
+    same = bits_difference(losses, losses)
+    assert (same.value == 0).all() and (same.lower == 0).all() and (same.upper == 0).all()
+    worse = losses.copy()
+    worse[LOSS] += 0.1
+    np.testing.assert_allclose(bits_difference(losses, worse).upper, -0.1)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_variance_of_a_difference_knows_how_many_scenarios_act_together(order: int) -> None:
+    """A mean of numbers, and of products of two: by influences the second has twice its variance, with pairs √2 times."""
+    rng = np.random.default_rng(0)
+    n, draws = 30, 400
+    z = rng.standard_normal((draws, n))
+
+    def value(z: np.ndarray) -> np.ndarray:
+        return (
+            z.mean(-1) if order == 1 else (z.sum(-1) ** 2 - (z**2).sum(-1)) / z.shape[-1] / (z.shape[-1] - 1)
+        )
+
+    one = np.stack([value(np.delete(z, i, 1)) for i in range(n)], -1)
+    two = np.stack([value(np.delete(z, [i, (i + 1) % n], 1)) for i in range(n)], -1)
+    mean = value(z)
+    pair = n * mean[:, None] - (n - 1) * (one + np.roll(one, -1, 1)) + (n - 2) * two
+    losses = np.stack([np.repeat(mean[:, None], n, 1), (n - 1) * (one.mean(-1, keepdims=True) - one), pair])
+    found = bits_difference(losses, np.zeros_like(losses))
+    np.testing.assert_allclose(found.value, mean)
+    variance = (((found.upper - found.lower) / 2 / critical_t(n - 1)) ** 2).mean()
+    assert variance / mean.var() == pytest.approx(np.sqrt(order), rel=0.15)
