@@ -119,7 +119,7 @@ def table(draws: int, seed: int) -> Iterator[dict[str, object]]:
                     share = binomial_interval(int(hits.sum()), len(hits))
                     naive = np.mean(upper - lower) / 2 / critical_t(n - 1)
                     yield {
-                        "kind": kind, "n": n, "size": size, "reading": name, "value": round(value.mean(), 4),
+                        "kind": kind, "n": n, "size": size, "reading": name, "draws": len(hits), "value": round(value.mean(), 4),
                         "coverage": round(share.value, 4), "lower": round(share.lower, 4), "upper": round(share.upper, 4),
                         "factor": round(value.std() / naive, 3),
                     }  # fmt: skip
