@@ -442,7 +442,7 @@ def test_an_interval_up_to_all_of_it_holds_all_of_it_also_of_a_finite_population
 def test_an_interval_as_narrow_as_rounding_is_no_evidence_unless_it_misses() -> None:
     index = MEASURES.index(("bits", "difference"))
     values = np.full((3, len(MEASURES), 3), np.nan, np.float32)
-    values[:, index] = [[0, -2e-6, 2e-6], [0.1, 0.1, 0.1], [-0.1, -0.2, 0.2]]
+    values[:, index] = [[0, -2e-6, 2e-6], [0.1, 0.1 - 2e-6, 0.1 + 2e-6], [-0.1, -0.2, 0.2]]
     readings = Readings(40, 4000, np.zeros(len(MEASURES)), values)
     assert proportions([readings], index).tolist() == [0, 1]
 
