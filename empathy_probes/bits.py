@@ -155,8 +155,8 @@ def _nested_losses(
     repeats: int,
 ) -> Float[np.ndarray, "what=3 layer unit"]:
     """Held-out losses of the penalty that does best on inner out-of-fold scores, in bits per unit."""
-    rows = np.swapaxes(features.astype(np.float64), 0, 1)
-    gram = rows @ np.swapaxes(rows, 1, 2)
+    states = np.swapaxes(features.astype(np.float64), 0, 1)
+    gram = states @ np.swapaxes(states, 1, 2)
     left_out = _LeftOut(units, seed)
     share, n = left_out.share, left_out.share.shape[1]
     total, without = np.zeros((len(gram), n)), np.zeros((len(gram), len(left_out.sets)))
@@ -166,18 +166,19 @@ def _nested_losses(
             train, test = np.flatnonzero(outer != fold), np.flatnonzero(outer == fold)
             inner = grouped_folds([units[int(i)] for i in train], N_FOLDS, seed * 1000 + 2 * repeat + 1)
             scores = np.empty((len(PENALTIES), len(gram), len(train), targets.shape[1]))
-            for held_out in range(N_FOLDS):
-                a, b = train[inner != held_out], train[inner == held_out]
-                scores[:, :, inner == held_out] = ridge_scores(gram, targets, a, b, PENALTIES)
+            nested = [(train[inner != i], train[inner == i]) for i in range(N_FOLDS)]
+            for held_out, fit_and_read in enumerate(nested):
+                scores[:, :, inner == held_out] = ridge_scores(gram, targets, *fit_and_read, PENALTIES)
             read = ridge_scores(gram, targets, train, test, PENALTIES)
             fitted = judge.fit(scores, train)
             best = judge.losses(fitted, scores, train).mean(-1).argmin(0)
             losses = judge.losses(fitted, read, test)
-            folds = [(train, test), *((train[inner != i], train[inner == i]) for i in range(N_FOLDS))]
             for layer, k in enumerate(best):
                 total[layer] += losses[k, layer] @ share[test]
                 start = tuple(np.asarray(value[k, layer]) for value in fitted)
-                probes = [_Dual(gram[layer], targets, *fold, PENALTIES[k]) for fold in folds]
+                probes = [
+                    _Dual(gram[layer], targets, *rows, PENALTIES[k]) for rows in [(train, test), *nested]
+                ]
                 without[layer] += _losses_without(
                     left_out, judge, start, probes, scores[k, layer], read[k, layer]
                 )

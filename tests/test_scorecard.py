@@ -212,9 +212,8 @@ def test_what_is_relative_to_controls_errs_with_the_scenarios_of_both(own: float
         curves[:, 0, 0, CURVES.index(name)] = 1 - np.exp([0.0, width / 2, -width / 2])
     truth = np.zeros((2, 1, len(CURVES)))
     truth[0, 0, specific] = 0.8 * (1 - np.exp(-0.5))
-    curves[1, 0, 0, specific] += (
-        2 * truth[0, 0, specific]
-    )  # as far off on the other side: on average not at all
+    # As far off on the other side: on average not at all.
+    curves[1, 0, 0, specific] += 2 * truth[0, 0, specific]
     outcomes = Outcomes(
         100, np.array([500, 200]), ("a", "b"), (0,), truth, np.ones((6, 1)), curves, np.zeros((2, 2, 1), np.int8),
         np.zeros((2, 2, 1)), np.zeros((2, 2, 1), bool), np.zeros((2, 2), bool),
