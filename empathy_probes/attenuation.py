@@ -333,5 +333,5 @@ def _measurement_key(design: Design, concept: Concept, template: str, component:
         for side, model in enumerate(design.pair.models)
     ]
     described = [concept.name, concept.role, concept.digest, template, component, seed, design.pair.identical]
-    # Of one version too a store may hold older ones: the number goes up with what a `Measurement` holds.
-    return digest_of(["measurement", 2, __version__, read, described])
+    # Of one version too a store may hold older ones: the number goes up with what is in a `Measurement`.
+    return digest_of(["measurement", 3, __version__, read, described])

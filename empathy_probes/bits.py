@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.linalg import cho_solve
+from scipy.special import log_softmax
 
-from empathy_probes.probes import N_FOLDS, factor_gram, ridge_scores
+from empathy_probes.probes import N_FOLDS, factor_gram
 from empathy_probes.stats import Curve, critical_t, grouped_folds
 
 # Penalties tried, in units of the mean eigenvalue of the training Gram matrix.
-PENALTIES = (0.1, 1.0, 10.0)
+PENALTIES = (0.1, 10.0)
 # What is known of every unit: its loss; its influence on the mean loss (of a mean of numbers: the number less the mean);
 # and n times what it and another unit do to the mean loss together, beyond both alone.
 LOSS, INFLUENCE, PAIR = range(3)
@@ -89,7 +91,7 @@ class _Classes:
         self,
         inner: Float[np.ndarray, "*batch train m"],
         train: Int[np.ndarray, " train"],
-        kept: Float[np.ndarray, "*batch train"] | None = None,
+        kept: Float[np.ndarray, "*#batch train"] | None = None,
         start: _Fitted | None = None,
     ) -> _Fitted:
         """The map from inner out-of-fold scores of the training texts; of those `kept`, from where all of them lead."""
@@ -123,7 +125,7 @@ class _Grades:
         self,
         inner: Float[np.ndarray, "*batch train 1"],
         train: Int[np.ndarray, " train"],
-        kept: Float[np.ndarray, "*batch train"] | None = None,
+        kept: Float[np.ndarray, "*#batch train"] | None = None,
         start: _Fitted | None = None,
     ) -> _Fitted:
         """The line through inner out-of-fold scores and grades of the training texts, or of those `kept`."""
@@ -154,34 +156,23 @@ def _nested_losses(
     seed: int,
     repeats: int,
 ) -> Float[np.ndarray, "what=3 layer unit"]:
-    """Held-out losses of the penalty that does best on inner out-of-fold scores, in bits per unit."""
-    states = np.swapaxes(features.astype(np.float64), 0, 1)
-    gram = states @ np.swapaxes(states, 1, 2)
+    """Held-out losses in bits per unit, penalties mixed by how they do on inner out-of-fold scores.
+
+    A choice of the best one would be another one in the next sample: two models may differ by it alone, and no influence tells.
+    """
+    splits = _splits(units, seed, repeats)
     left_out = _LeftOut(units, seed)
     share, n = left_out.share, left_out.share.shape[1]
-    total, without = np.zeros((len(gram), n)), np.zeros((len(gram), len(left_out.sets)))
-    for repeat in range(repeats):
-        outer = grouped_folds(units, N_FOLDS, seed * 1000 + 2 * repeat)
-        for fold in range(N_FOLDS):
-            train, test = np.flatnonzero(outer != fold), np.flatnonzero(outer == fold)
-            inner = grouped_folds([units[int(i)] for i in train], N_FOLDS, seed * 1000 + 2 * repeat + 1)
-            scores = np.empty((len(PENALTIES), len(gram), len(train), targets.shape[1]))
-            nested = [(train[inner != i], train[inner == i]) for i in range(N_FOLDS)]
-            for held_out, fit_and_read in enumerate(nested):
-                scores[:, :, inner == held_out] = ridge_scores(gram, targets, *fit_and_read, PENALTIES)
-            read = ridge_scores(gram, targets, train, test, PENALTIES)
-            fitted = judge.fit(scores, train)
-            best = judge.losses(fitted, scores, train).mean(-1).argmin(0)
-            losses = judge.losses(fitted, read, test)
-            for layer, k in enumerate(best):
-                total[layer] += losses[k, layer] @ share[test]
-                start = tuple(np.asarray(value[k, layer]) for value in fitted)
-                probes = [
-                    _Dual(gram[layer], targets, *rows, PENALTIES[k]) for rows in [(train, test), *nested]
-                ]
-                without[layer] += _losses_without(
-                    left_out, judge, start, probes, scores[k, layer], read[k, layer]
-                )
+    layers = features.shape[1]
+    total, without = np.zeros((layers, n)), np.zeros((layers, len(left_out.sets)))
+    for layer in range(layers):
+        states = features[:, layer].astype(np.float64)
+        gram = states @ states.T
+        for split in splits:
+            probes = [[_Dual(gram, targets, *rows, penalty) for rows in split] for penalty in PENALTIES]
+            losses, fewer = _fold_losses(left_out, judge, probes)
+            total[layer] += losses @ share[split[0][1]]
+            without[layer] += fewer
     mean = total.mean(-1, keepdims=True) / repeats
     one, two = without[:, :n] / repeats / (n - 1), without[:, n:] / repeats / (n - 2)
     pair = n * mean - (n - 1) * (one[:, left_out.ring] + one[:, np.roll(left_out.ring, -1)]) + (n - 2) * two
@@ -189,29 +180,58 @@ def _nested_losses(
     return np.stack([total / repeats, influence, pair]) / np.log(2)
 
 
-def _losses_without(
-    left_out: _LeftOut,
-    judge: _Classes | _Grades,
-    start: _Fitted,
-    probes: Sequence[_Dual],
-    inner: Float[np.ndarray, "train m"],
-    read: Float[np.ndarray, "test m"],
-) -> Float[np.ndarray, " set"]:
-    """Summed losses, in nats, of the units of one fold without each set of units: they neither teach nor are read.
+def _mixed(
+    losses: Float[np.ndarray, "penalty *batch rows"], badness: Float[np.ndarray, "penalty *batch"]
+) -> Float[np.ndarray, "*batch rows"]:
+    """Log-losses of what probes of several penalties say together, each as likely as it made the inner out-of-fold texts."""
+    return -np.logaddexp.reduce(log_softmax(-badness, 0)[..., None] - losses, 0)
 
-    `probes` are that of the fold, whose scores are `read`, and those of the inner folds, whose scores are `inner`.
+
+def _splits(
+    units: Sequence[str], seed: int, repeats: int
+) -> list[list[tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]]]]:
+    """Texts to learn from and to read in every fold, each followed by those of its inner folds."""
+    found = []
+    for repeat in range(repeats):
+        outer = grouped_folds(units, N_FOLDS, seed * 1000 + 2 * repeat)
+        for fold in range(N_FOLDS):
+            train, test = np.flatnonzero(outer != fold), np.flatnonzero(outer == fold)
+            inner = grouped_folds([units[int(i)] for i in train], N_FOLDS, seed * 1000 + 2 * repeat + 1)
+            nested = [(train[inner != i], train[inner == i]) for i in range(N_FOLDS)]
+            found.append([(train, test), *nested])
+    return found
+
+
+def _fold_losses(
+    left_out: _LeftOut, judge: _Classes | _Grades, probes: Sequence[Sequence[_Dual]]
+) -> tuple[Float[np.ndarray, " test"], Float[np.ndarray, " set"]]:
+    """Losses of one fold's texts in nats, and summed over its units without each set of units: they neither teach nor are read.
+
+    `probes` are, for every penalty, that of the fold and those of its inner folds.
     """
-    train, test = probes[0].train, probes[0].test
-    found = np.empty(len(left_out.sets))
+    train, test = probes[0][0].train, probes[0][0].test
+    weight = left_out.share.sum(1)
+    inner = np.empty((len(probes), len(train), probes[0][0].scores.shape[1]))
+    for k, (_, *nested) in enumerate(probes):
+        for probe in nested:
+            inner[k, np.searchsorted(train, probe.test)] = probe.scores
+    read = np.stack([outer.scores for outer, *_ in probes])
+    fitted = judge.fit(inner, train)
+    losses = _mixed(judge.losses(fitted, read, test), judge.losses(fitted, inner, train) @ weight[train])
+    start = tuple(value[:, None] for value in fitted)
+    without = np.empty(len(left_out.sets))
     for chunk in left_out.chunks(inner.size):
         texts, kept = left_out.texts(chunk), left_out.kept(chunk)
-        scores = np.repeat(inner[None], len(texts), 0)
-        for probe in probes[1:]:
-            scores[:, np.searchsorted(train, probe.test)] += probe.moves(texts)
-        fitted = judge.fit(scores, train, kept[:, train], start)
-        losses = judge.losses(fitted, read + probes[0].moves(texts), test)
-        found[chunk] = (losses * kept[:, test] * left_out.share[test].sum(1)).sum(-1)
-    return found
+        inner_moved, read_moved = (np.repeat(scores[:, None], len(texts), 1) for scores in (inner, read))
+        for k, (outer, *nested) in enumerate(probes):
+            read_moved[k] += outer.moves(texts)
+            for probe in nested:
+                inner_moved[k][:, np.searchsorted(train, probe.test)] += probe.moves(texts)
+        fitted = judge.fit(inner_moved, train, kept[:, train], start)
+        weights = kept * weight
+        badness = (judge.losses(fitted, inner_moved, train) * weights[:, train]).sum(-1)
+        without[chunk] = (_mixed(judge.losses(fitted, read_moved, test), badness) * weights[:, test]).sum(-1)
+    return losses, without
 
 
 class _LeftOut:
@@ -246,7 +266,7 @@ class _LeftOut:
 
 
 class _Dual:
-    """One ridge probe at one layer: how its scores of held-out texts would change without some that it learnt from.
+    """One ridge probe at one layer: its scores of held-out texts, and how they would change without some that it learnt from.
 
     The dual solution without texts s is the one in which theirs is 0: α − P_s P_ss⁻¹ α_s, with P the inverse of the
     Gram matrix, penalty and intercept included. Exact at the same penalty; no factorisation per set.
@@ -268,7 +288,9 @@ class _Dual:
         inverse = cho_solve((factor_gram(centred, shift), False), np.eye(n))
         read = gram[np.ix_(test, train)] - column
         read -= read.mean(1, keepdims=True)
-        self.solution = inverse @ (targets[train] - targets[train].mean(0))
+        mean = targets[train].mean(0)
+        self.solution = inverse @ (targets[train] - mean)
+        self.scores = read @ self.solution + mean
         self.inverse = inverse - 1 / (n * shift)
         self.weights = read @ inverse + 1 / n
         self.place = np.full(len(gram) + 1, -1)
@@ -303,14 +325,19 @@ def _logits(
 def _cross_entropy(
     logits: Float[np.ndarray, "*batch n m"], classes: Float[np.ndarray, "n m"]
 ) -> Float[np.ndarray, "*batch n"]:
-    return np.asarray(np.logaddexp.reduce(logits, -1) - (logits * classes).sum(-1))
+    return np.asarray(_log_sum(logits) - np.einsum("...k,...k->...", logits, classes))
+
+
+def _log_sum(logits: Float[np.ndarray, "*batch m"]) -> Float[np.ndarray, "*batch"]:
+    """Of exponentials; class by class, which is faster than a reduction along a short last axis."""
+    return reduce(np.logaddexp, np.moveaxis(logits, -1, 0))
 
 
 def _fit_platt(
     scores: Float[np.ndarray, "*batch n m"],
     classes: Float[np.ndarray, "n m"],
     allowed: Bool[np.ndarray, "n m"],
-    kept: Float[np.ndarray, "*batch n"] | None = None,
+    kept: Float[np.ndarray, "*#batch n"] | None = None,
     start: Sequence[np.ndarray] | None = None,
     steps: int = 20,
 ) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch m"]]:
@@ -325,13 +352,15 @@ def _fit_platt(
     prior = np.diag([1.0, *[1e-6] * m])
     for _ in range(steps):
         logits = _logits(scores, theta[..., 0], theta[..., 1:], allowed)
-        p = np.exp(logits - np.logaddexp.reduce(logits, -1, keepdims=True))
+        p = np.exp(logits - _log_sum(logits)[..., None])
         slack = weight * (p - classes)
-        gradient = np.concatenate([factor * (slack * scores).sum((-2, -1))[..., None], slack.sum(-2)], -1)
-        mean = (p * scores).sum(-1, keepdims=True)
+        gradient = np.concatenate(
+            [factor * np.einsum("...nk,...nk->...", slack, scores)[..., None], slack.sum(-2)], -1
+        )
+        mean = np.einsum("...k,...k->...", p, scores)[..., None]
         across = factor * weight * p * (scores - mean)
         hessian = np.empty((*theta.shape, 1 + m))
-        hessian[..., 0, 0] = factor * (across * scores).sum((-2, -1))
+        hessian[..., 0, 0] = factor * np.einsum("...nk,...nk->...", across, scores)
         hessian[..., 0, 1:] = hessian[..., 1:, 0] = across.sum(-2)
         hessian[..., 1:, 1:] = (
             np.eye(m) * (weight * p).sum(-2)[..., None, :] - np.swapaxes(weight * p, -1, -2) @ p

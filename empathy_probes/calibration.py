@@ -62,6 +62,11 @@ class Twin:
         return self.base.rsplit("-", 1)[0]
 
     @property
+    def samples(self) -> int:
+        """Added to the seed of its samples: redraws of two bases, counted together, must be of other scenarios."""
+        return 10_000 * int(self.base.rsplit("-", 1)[1])
+
+    @property
     def key(self) -> str:
         """Names its files."""
         parts = [self.base, self.family, self.concept, self.layer, self.keep]
@@ -254,7 +259,7 @@ def _run_twin(twin: Twin, redraws: int, options: Options, out: Path, phantoms: s
         path = _part(out, twin, n)
         if not path.is_file():
             many = max(round(redraws * min(1, 100 / n)), 2)
-            save_record(redraw(people, n, many, options.seed), path)
+            save_record(redraw(people, n, many, options.seed + twin.samples), path)
     sizes = _measured_sizes(twin, options)
     if any(not _part(out, twin, n, "measures_").is_file() for n in sizes):
         shown = exhibit(twin, options, phantoms, bases)
@@ -262,11 +267,13 @@ def _run_twin(twin: Twin, redraws: int, options: Options, out: Path, phantoms: s
         path = _part(out, twin, n, "measures_")
         if not path.is_file():
             many = max(round(options.measure_redraws * redraws / options.redraws), 2)
-            save_record(read_redraws(shown, n, many, options.seed), path)
+            save_record(read_redraws(shown, n, many, options.seed + twin.samples), path)
     path = _rehearsal_part(out, twin)
     if _is_rehearsed(twin, options) and not path.is_file():
         held = _hold(twin, options, phantoms)
-        spoken = {n: speak(held, n, options.rehearsal_redraws, options.seed) for n in QUICK_SIZES}
+        spoken = {
+            n: speak(held, n, options.rehearsal_redraws, options.seed + twin.samples) for n in QUICK_SIZES
+        }
         write_file(path, json.dumps(spoken).encode())
     return twin
 

@@ -96,7 +96,7 @@ def _stacked_scores(
     for fold in np.unique(folds):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         rows = (np.arange(reads)[:, None] * n + test).ravel()
-        read = ridge_scores(gram, targets, train, rows, (1.0,), cross)[0] - targets[train].mean(0)
+        read = _ridge_scores(gram, targets, train, rows, cross)
         scores[:, :, test] = read.reshape(len(gram), reads, len(test), -1)
     return np.moveaxis(scores, (0, 3), (1, 2))
 
@@ -139,8 +139,7 @@ def _scores(
     scores = np.empty((*gram.shape[:2], targets.shape[1]))
     for fold in np.unique(folds):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        # Without the training mean: folds of unequal balance would shift all their scores by it.
-        scores[:, test] = ridge_scores(gram, targets, train, test, (1.0,), cross)[0] - targets[train].mean(0)
+        scores[:, test] = _ridge_scores(gram, targets, train, test, cross)
     return np.ascontiguousarray(np.swapaxes(scores, 1, 2))
 
 
@@ -264,31 +263,28 @@ def count_words(texts: Sequence[str], *, characters: bool = False) -> tuple[Any,
     return vectorizer.fit_transform(texts), list(vectorizer.get_feature_names_out())
 
 
-def ridge_scores(
+def _ridge_scores(
     gram: Float[np.ndarray, "layer n n"],
     targets: Float[np.ndarray, "n m"],
     train: Int[np.ndarray, " train"],
     test: Int[np.ndarray, " test"],
-    penalties: Sequence[float],
     cross: Float[np.ndarray, "layer rows n"] | None = None,
-) -> Float[np.ndarray, "penalty layer test m"]:
-    """Ridge predictions of held-out rows, with an intercept; penalties in units of the mean eigenvalue.
+) -> Float[np.ndarray, "layer test m"]:
+    """Ridge predictions of held-out rows, less the training mean: folds of unequal balance would shift all their scores by it.
 
-    `cross` holds the inner products of the rows to be read (another model's) with the training rows; `gram` by default.
+    The penalty is the mean eigenvalue. `cross` holds the inner products of the rows to be read (another model's) with the
+    training rows; `gram` by default.
     """
     inner = gram[:, train[:, None], train]
     column = inner.mean(1, keepdims=True)
     centred = inner - column - np.swapaxes(column, 1, 2) + column.mean(2, keepdims=True)
     # The weights sum to 0, so of the test rows' centring only this part changes a score.
     read = (gram if cross is None else cross)[:, test[:, None], train] - column
-    mean = targets[train].mean(0)
-    aim = targets[train] - mean
-    scores = np.empty((len(penalties), len(gram), len(test), aim.shape[1]))
+    aim = targets[train] - targets[train].mean(0)
+    scores = np.empty((len(gram), len(test), aim.shape[1]))
     for layer, (g, r) in enumerate(zip(centred, read, strict=True)):
-        scale = np.trace(g) / len(train)
-        for k, p in enumerate(penalties):
-            scores[k, layer] = _apply(factor_gram(g, p * scale), aim, r)
-    return scores + mean
+        scores[layer] = _apply(factor_gram(g, np.trace(g) / len(train)), aim, r)
+    return scores
 
 
 def paired_t(values: Float[np.ndarray, "layer unit"]) -> Curve:

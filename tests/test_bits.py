@@ -63,7 +63,7 @@ def test_a_probes_scores_without_some_texts_are_those_of_one_that_never_saw_them
 def test_an_influence_is_what_probes_trained_without_the_scenario_lose(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folds and penalty as they were; what is left of a difference is the unit of penalty and scores."""
+    """Folds as they were; what is left of a difference is the unit of penalties and scores."""
     n, k = 25, 4 if kind == "categorical" else 2
     rng = np.random.default_rng(1)
     units = [str(i // k) for i in range(n * k)]
@@ -80,7 +80,6 @@ def test_an_influence_is_what_probes_trained_without_the_scenario_lose(
         return cross_fitted_losses(x[rows], labels[rows], some, repeats=1)
 
     monkeypatch.setattr(module, "grouped_folds", folds)
-    monkeypatch.setattr(module, "PENALTIES", (1.0,))
     whole = losses(np.arange(n * k))[:, 0]
     place = np.arange(n * k) // k
     one = np.array([losses(np.flatnonzero(place != i))[LOSS, 0].mean() for i in range(n)])

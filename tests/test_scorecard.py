@@ -221,6 +221,12 @@ def test_what_is_relative_to_controls_errs_with_the_scenarios_of_both(own: float
     assert outcomes.covers()[0, 0, 0, specific] == held
 
 
+def test_samples_of_two_bases_are_of_other_scenarios() -> None:
+    """Their redraws are counted together; of the same scenarios they would be half as many."""
+    seeds = [Twin(base, "identical").samples for base in ("llama-0", "llama-1", "llama-2")]
+    assert np.diff(seeds).min() > Options((), redraws=1000).redraws
+
+
 @pytest.mark.parametrize(("bias", "covered"), [(0.0, 0.95), (1.0, 0.83)])
 def test_what_an_estimate_is_off_on_average_is_not_the_samples_doing(bias: float, covered: float) -> None:
     """Half of a population errs by less than fresh scenarios, but is off by as much: P(|z + bias| < 1.96) of both."""
