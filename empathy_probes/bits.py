@@ -24,6 +24,8 @@ PENALTIES = (0.1, 10.0)
 # What is known of every unit: its loss; its influence on the mean loss (of a mean of numbers: the number less the mean);
 # and n times what it and another unit do to the mean loss together, beyond both alone.
 LOSS, INFLUENCE, PAIR = range(3)
+# How much of what pairs count is taken off what influences count; 2 would be all that can be too much.
+JOINT = 1 / 3
 # Numbers held at once while units are left out.
 CHUNK = 2_000_000
 
@@ -387,38 +389,35 @@ def grade_entropy(grades: Float[np.ndarray, " n"]) -> float:
 
 
 def bits(losses: Float[np.ndarray, "what=3 layer unit"], label_entropy: float) -> Curve:
-    """What a probe trained on this many scenarios extracts: label entropy minus log-loss, 95 % interval.
-
-    The error is that of a mean of influences: scenarios read by chance and scenarios learnt from by chance. From the
-    spread of losses alone it was half as wide as needed where 40 scenarios teach some probes much and others little.
-    """
+    """What a probe trained on this many scenarios extracts: label entropy minus log-loss, 95 % interval."""
     found = grade_bits(losses, label_entropy)
     return Curve(found.value, found.lower, np.minimum(found.upper, label_entropy))
 
 
 def grade_bits(losses: Float[np.ndarray, "what=3 layer unit"], label_entropy: float) -> Curve:
     """The same of grades, whose bits have no upper bound."""
-    n = losses.shape[-1]
-    return _interval(label_entropy - losses[LOSS].mean(-1), losses[INFLUENCE].var(-1) / (n - 1), n)
+    return _interval(label_entropy - losses[LOSS].mean(-1), losses)
 
 
 def bits_difference(
     base: Float[np.ndarray, "what=3 layer unit"], aligned: Float[np.ndarray, "what=3 layer unit"]
 ) -> Curve:
-    """bits(aligned) - bits(base) from two models' losses on the same units, 95 % interval.
-
-    Of two models that learn from the same scenarios mostly what those do together is left. The variance by influences
-    counts what k of them do together k times (Efron and Stein 1981), and what pairs do C(k, 2) times: with J and P, the truth lies
-    between J² / (J + 2 P), by Cauchy and Schwarz, and J. It is taken to be in the middle, J / √(1 + 2 P / J).
-    """
+    """bits(aligned) - bits(base) from two models' losses on the same units, 95 % interval."""
     moved = base - aligned
-    n = moved.shape[-1]
-    single = moved[INFLUENCE].var(-1) / (n - 1)
-    pairs = (n - 1) / (2 * n) * (moved[PAIR] ** 2).mean(-1)
-    ratio = np.divide(2 * pairs, single, out=np.zeros_like(single), where=single > 0)
-    return _interval(moved[LOSS].mean(-1), single / np.sqrt(1 + ratio), n)
+    return _interval(moved[LOSS].mean(-1), moved)
 
 
-def _interval(value: Float[np.ndarray, " layer"], variance: Float[np.ndarray, " layer"], n: int) -> Curve:
-    reach = critical_t(n - 1) * np.sqrt(variance)
+def _interval(value: Float[np.ndarray, " layer"], known: Float[np.ndarray, "what=3 layer unit"]) -> Curve:
+    """Errors are scenarios read by chance and scenarios learnt from by chance: those of a mean of influences.
+
+    From the spread of losses alone intervals were half as wide as needed where 40 scenarios teach some probes much and others
+    little. But influences count what k scenarios do together k times (Efron and Stein 1981), and pairs count it C(k, 2) times.
+    With J and P, the variance lies between J² / (J + 2 P), by Cauchy and Schwarz, and J; where between, planted pairs
+    tell (docs/simulations).
+    """
+    n = known.shape[-1]
+    influences = known[INFLUENCE].var(-1) / (n - 1)
+    pairs = (n - 1) / (2 * n) * (known[PAIR] ** 2).mean(-1)
+    share = np.divide(pairs, influences, out=np.zeros_like(pairs), where=influences > 0)
+    reach = critical_t(n - 1) * np.sqrt(influences / (1 + JOINT * share))
     return Curve(value, value - reach, value + reach)
