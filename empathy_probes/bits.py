@@ -24,8 +24,8 @@ PENALTIES = (0.1, 10.0)
 # What is known of every unit: its loss; its influence on the mean loss (of a mean of numbers: the number less the mean);
 # and n times what it and another unit do to the mean loss together, beyond both alone.
 LOSS, INFLUENCE, PAIR = range(3)
-# How much of what pairs count is taken off what influences count; 2 would be all that can be too much.
-JOINT = 1 / 3
+# Where pairs count this many times what influences do, half of that is taken off.
+JOINT = 2.5
 # Numbers held at once while units are left out.
 CHUNK = 2_000_000
 
@@ -407,17 +407,32 @@ def bits_difference(
     return _interval(moved[LOSS].mean(-1), moved)
 
 
+def bits_covariance(
+    losses: Float[np.ndarray, "model=2 what=3 layer unit"],
+) -> Float[np.ndarray, "model=2 model=2 layer"]:
+    """Covariance of the two models' bits, from the same units: what variances of both and of their difference leave for it."""
+    base, aligned = losses
+    own = np.stack([_variance(base), _variance(aligned)])
+    shared = (own.sum(0) - _variance(base - aligned)) / 2
+    shared = np.clip(shared, -np.sqrt(own.prod(0)), np.sqrt(own.prod(0)))
+    return np.stack([np.stack([own[0], shared]), np.stack([shared, own[1]])])
+
+
 def _interval(value: Float[np.ndarray, " layer"], known: Float[np.ndarray, "what=3 layer unit"]) -> Curve:
+    reach = critical_t(known.shape[-1] - 1) * np.sqrt(_variance(known))
+    return Curve(value, value - reach, value + reach)
+
+
+def _variance(known: Float[np.ndarray, "what=3 layer unit"]) -> Float[np.ndarray, " layer"]:
     """Errors are scenarios read by chance and scenarios learnt from by chance: those of a mean of influences.
 
     From the spread of losses alone intervals were half as wide as needed where 40 scenarios teach some probes much and others
     little. But influences count what k scenarios do together k times (Efron and Stein 1981), and pairs count it C(k, 2) times.
     With J and P, the variance lies between J² / (J + 2 P), by Cauchy and Schwarz, and J; where between, planted pairs
-    tell (docs/simulations).
+    tell (docs/simulations): near J where P is small against it, near the other end where it is many times as much.
     """
     n = known.shape[-1]
     influences = known[INFLUENCE].var(-1) / (n - 1)
     pairs = (n - 1) / (2 * n) * (known[PAIR] ** 2).mean(-1)
     share = np.divide(pairs, influences, out=np.zeros_like(pairs), where=influences > 0)
-    reach = critical_t(n - 1) * np.sqrt(influences / (1 + JOINT * share))
-    return Curve(value, value - reach, value + reach)
+    return np.asarray(influences / (1 + np.minimum((share / JOINT) ** 2, 2 * share)))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from empathy_probes.bits import INFLUENCE, bits, bits_difference, entropy, grade_bits, grade_entropy
+from empathy_probes.bits import bits, bits_covariance, bits_difference, entropy, grade_bits, grade_entropy
 from empathy_probes.coding import coarse_numbers
 from empathy_probes.contrasts import Contrast, TemplateShift
 from empathy_probes.decisions import Judgement
@@ -232,11 +232,9 @@ def _bits_rows(
 ) -> Iterator[dict[str, Any]]:
     """Compared as a difference, and relative to the base where that is detected."""
     losses = both.astype(float)
-    n = losses.shape[-1]
     base, aligned = (read(side, whole) for side in losses)
-    influence = losses[:, INFLUENCE]
-    covariance = np.einsum("alu,blu->abl", influence, influence) / (n * (n - 1))
-    ratio = fieller_ratio(base.value, aligned.value, covariance, critical_t(n - 1))
+    critical = critical_t(losses.shape[-1] - 1)
+    ratio = fieller_ratio(base.value, aligned.value, bits_covariance(losses), critical)
     kept = Curve(ratio.value, ratio.lower, ratio.upper)
     positive = base.lower > 0
     attenuation = Curve(*(np.where(positive, 1 - x, np.nan) for x in (kept.value, kept.upper, kept.lower)))

@@ -14,10 +14,12 @@ from empathy_probes.bits import (
     _Dual,
     _fit_platt,
     bits,
+    bits_covariance,
     bits_difference,
     cross_fitted_grade_losses,
     cross_fitted_losses,
     entropy,
+    grade_bits,
 )
 from empathy_probes.stats import binomial_interval, critical_t
 
@@ -168,8 +170,8 @@ def test_a_difference_of_bits_is_paired_and_exactly_zero_for_equal_models() -> N
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_the_variance_knows_that_scenarios_act_together(order: int) -> None:
-    """A mean of numbers, and of products of two: by influences the second has twice its variance, a seventh less with pairs."""
+def test_the_variance_of_a_mean_is_exact_and_that_of_products_errs_to_the_wide_side(order: int) -> None:
+    """By influences a mean of products of two has twice its variance; pairs, half of that, take a twenty-sixth off."""
     rng = np.random.default_rng(0)
     n, draws = 30, 4000
     z = rng.standard_normal((draws, n))
@@ -187,4 +189,36 @@ def test_the_variance_knows_that_scenarios_act_together(order: int) -> None:
     found = bits_difference(losses, np.zeros_like(losses))
     np.testing.assert_allclose(found.value, mean)
     variance = (((found.upper - found.lower) / 2 / critical_t(n - 1)) ** 2).mean()
-    assert variance / mean.var() == pytest.approx({1: 1, 2: 12 / 7}[order], rel=0.06)
+    assert variance / mean.var() == pytest.approx({1: 1, 2: 2 / 1.04}[order], rel=0.06)
+
+
+def test_the_more_pairs_do_the_narrower_and_never_beyond_what_is_possible() -> None:
+    losses = cross_fitted_losses(*contrast(40, 1.0))
+    n, widths = losses.shape[-1], []
+    for scale in (0.0, 0.5, 1.0, 3.0, 10.0, 100.0):
+        known = losses.copy()
+        known[PAIR] *= scale
+        curve = grade_bits(known, 1.0)
+        width = (curve.upper - curve.lower) / 2 / critical_t(n - 1)
+        influences, pairs = (
+            known[INFLUENCE].var(-1) / (n - 1),
+            (n - 1) / (2 * n) * (known[PAIR] ** 2).mean(-1),
+        )
+        assert (width**2 >= influences**2 / (influences + 2 * pairs) - 1e-15).all()
+        widths.append(width)
+    assert (np.diff(widths, axis=0) < 0).all()
+    np.testing.assert_allclose(widths[0] ** 2, losses[INFLUENCE].var(-1) / (n - 1))
+
+
+def test_the_covariance_of_two_models_bits_agrees_with_their_variances() -> None:
+    base, aligned = cross_fitted_losses(*contrast(40, 1.5, 1)), cross_fitted_losses(*contrast(40, 1.0, 1))
+    found = bits_covariance(np.stack([base, aligned]))
+    reach = critical_t(39) * np.sqrt(found)
+    for model, losses in enumerate((base, aligned)):
+        curve = grade_bits(losses, 1.0)
+        np.testing.assert_allclose(reach[model, model], (curve.upper - curve.lower) / 2)
+    difference = bits_difference(base, aligned)
+    spread = found[0, 0] + found[1, 1] - 2 * found[0, 1]
+    np.testing.assert_allclose(critical_t(39) * np.sqrt(spread), (difference.upper - difference.lower) / 2)
+    same = bits_covariance(np.stack([base, base]))
+    np.testing.assert_allclose(same, np.broadcast_to(same[0, 0], same.shape))
