@@ -30,7 +30,7 @@ from empathy_probes.stats import d_prime
 # (measure, column) of attenuation.csv.
 MEASURES = (
     ("auroc", "base"), ("auroc", "aligned"), ("auroc", "difference"), ("auroc", "attenuation"),
-    ("bits", "base"), ("bits", "aligned"), ("bits", "difference"),
+    ("bits", "base"), ("bits", "aligned"), ("bits", "difference"), ("bits", "attenuation"),
     ("d_prime", "base"), ("d_prime", "aligned"), ("d_prime", "attenuation"),
     ("cosine", "aligned"), ("cosine_mapped", "aligned"),
     ("transfer_base_to_aligned", "aligned"), ("transfer_base_to_aligned_mapped", "aligned"),
@@ -143,6 +143,8 @@ def _truth(
     areas = means["auroc", "base"], means["auroc", "aligned"]
     if 0.5 < areas[0] < 1 and areas[1] < 1:
         means["auroc", "attenuation"] = float(1 - d_prime(np.array(areas[1])) / d_prime(np.array(areas[0])))
+    extracted = means["bits", "base"], means["bits", "aligned"]
+    means["bits", "attenuation"] = 1 - extracted[1] / extracted[0] if extracted[0] > 0 else np.nan
     stimuli = exhibit.concept.stimuli
     differences = [scenario_contrasts(a.normalised, stimuli)[0] for a in exhibit.acts]
     # What d' and the mapped cosine are depends on how many neutral texts whiten and map: with few of them the covariance is

@@ -80,6 +80,26 @@ def test_the_cosine_is_blank_where_one_model_shows_nothing() -> None:
     assert np.isnan(c.value).all()
 
 
+def test_the_interval_of_a_contrast_all_but_erased_is_shown_also_where_it_says_nothing() -> None:
+    """Those that exclude something are a selection."""
+    rng = np.random.default_rng(4)
+    first, second = np.eye(WIDTH)[:2]
+    faint = 0.1 * (0.4 * first + np.sqrt(1 - 0.4**2) * second)
+    one = np.ones((60, 1))
+    ends = []
+    for _ in range(200):
+        a, b = (x + rng.standard_normal((60, 1, WIDTH)) for x in (2 * first, faint))
+        c = cosine_from_kernels(
+            strength_kernels(a, one), strength_kernels(b, one), cross_kernels(a, b, one, one)
+        )
+        ends.append([c.lower[0], c.upper[0]])
+    lower, upper = np.array(ends).T
+    assert not np.isnan(ends).any() and (lower >= -1).all() and (upper <= 1).all()
+    holds, informs = (lower <= 0.4) & (upper >= 0.4), (lower > -1) | (upper < 1)
+    assert 0.1 < informs.mean() < 0.5
+    assert holds.mean() >= 0.92 > holds[informs].mean()
+
+
 def test_a_mapped_cosine_errs_with_the_neutral_texts_too() -> None:
     """Many scenarios say exactly where the contrast is, few neutral texts say only roughly where to look for it."""
     rng = np.random.default_rng(8)

@@ -432,6 +432,10 @@ def test_secondary_measures_hold_their_truth_and_miss_another_one(exhibit: Exhib
         index = MEASURES.index(measure)
         assert proportions([readings], index).mean() > 0.8, measure
         assert proportions([moved], index).mean() < 0.2, measure
+    index = MEASURES.index(("bits", "attenuation"))
+    assert truth["bits", "attenuation"] == pytest.approx(1 - truth["bits", "aligned"] / truth["bits", "base"])
+    assert proportions([readings], index).mean() > 0.8
+    assert proportions([replace(readings, truth=readings.truth + 3)], index).mean() < 0.2
     with pytest.raises(InputError, match="too few to draw 300"):
         read_redraws(exhibit, 300, 2)
 
