@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 from empathy_probes.probes import N_FOLDS, factor_gram
 from empathy_probes.stats import Curve, critical_t, grouped_folds
 
-# Penalties tried, in units of the mean eigenvalue of the training Gram matrix.
+# Penalties mixed, in units of the mean eigenvalue of the training Gram matrix.
 PENALTIES = (0.1, 10.0)
 # What is known of every unit: its loss; its influence on the mean loss (of a mean of numbers: the number less the mean);
 # and n times what it and another unit do to the mean loss together, beyond both alone.
