@@ -13,10 +13,10 @@ from functools import reduce
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.linalg import cho_solve
 from scipy.special import log_softmax
 
-from empathy_probes.probes import N_FOLDS, factor_gram
+from empathy_probes.leaving_out import DualProbe, LeftOut, joint_share, overcount
+from empathy_probes.probes import N_FOLDS
 from empathy_probes.stats import Curve, critical_t, grouped_folds
 
 # Penalties mixed, in units of the mean eigenvalue of the training Gram matrix.
@@ -24,10 +24,8 @@ PENALTIES = (0.1, 10.0)
 # What is known of every unit: its loss; its influence on the mean loss (of a mean of numbers: the number less the mean);
 # and n times what it and another unit do to the mean loss together, beyond both alone.
 LOSS, INFLUENCE, PAIR = range(3)
-# Where pairs count this many times what influences do, half of that is taken off.
-JOINT = 2.5
-# Numbers held at once while units are left out.
-CHUNK = 2_000_000
+# Where pairs count this many times what influences do, half of that is taken off (`overcount`).
+JOINT = 2.25
 
 
 def cross_fitted_losses(
@@ -163,22 +161,22 @@ def _nested_losses(
     A choice of the best one would be another one in the next sample: two models may differ by it alone, and no influence tells.
     """
     splits = _splits(units, seed, repeats)
-    left_out = _LeftOut(units, seed)
-    share, n = left_out.share, left_out.share.shape[1]
+    left_out = LeftOut(units, seed)
+    n = left_out.n
     layers = features.shape[1]
     total, without = np.zeros((layers, n)), np.zeros((layers, len(left_out.sets)))
     for layer in range(layers):
         states = features[:, layer].astype(np.float64)
         gram = states @ states.T
         for split in splits:
-            probes = [[_Dual(gram, targets, *rows, penalty) for rows in split] for penalty in PENALTIES]
+            probes = [[DualProbe(gram, targets, *rows, penalty) for rows in split] for penalty in PENALTIES]
             losses, fewer = _fold_losses(left_out, judge, probes)
-            total[layer] += losses @ share[split[0][1]]
+            total[layer] += losses @ left_out.share[split[0][1]]
             without[layer] += fewer
-    mean = total.mean(-1, keepdims=True) / repeats
-    one, two = without[:, :n] / repeats / (n - 1), without[:, n:] / repeats / (n - 2)
-    pair = n * mean - (n - 1) * (one[:, left_out.ring] + one[:, np.roll(left_out.ring, -1)]) + (n - 2) * two
+    without /= repeats * np.repeat([n - 1, n - 2], n)
+    one = without[:, :n]
     influence = (n - 1) * (one.mean(-1, keepdims=True) - one)
+    pair = left_out.pairs(total.mean(-1) / repeats, without)
     return np.stack([total / repeats, influence, pair]) / np.log(2)
 
 
@@ -205,7 +203,7 @@ def _splits(
 
 
 def _fold_losses(
-    left_out: _LeftOut, judge: _Classes | _Grades, probes: Sequence[Sequence[_Dual]]
+    left_out: LeftOut, judge: _Classes | _Grades, probes: Sequence[Sequence[DualProbe]]
 ) -> tuple[Float[np.ndarray, " test"], Float[np.ndarray, " set"]]:
     """Losses of one fold's texts in nats, and summed over its units without each set of units: they neither teach nor are read.
 
@@ -234,78 +232,6 @@ def _fold_losses(
         badness = (judge.losses(fitted, inner_moved, train) * weights[:, train]).sum(-1)
         without[chunk] = (_mixed(judge.losses(fitted, read_moved, test), badness) * weights[:, test]).sum(-1)
     return losses, without
-
-
-class _LeftOut:
-    """Every unit alone, then every unit with the next one on a ring in random order: what is left out in turn."""
-
-    def __init__(self, units: Sequence[str], seed: int):
-        order = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
-        place, n = np.array([order[unit] for unit in units]), len(order)
-        self.share = np.eye(n)[place] / np.bincount(place)
-        # By name, so that the order of texts does not matter.
-        self.ring = np.random.default_rng([seed, 41]).permutation(np.argsort(list(order)))
-        alone = np.stack([np.arange(n), np.full(n, n)], 1)
-        self.sets = np.concatenate([alone, np.stack([self.ring, np.roll(self.ring, -1)], 1)])
-        self._place = place
-        self._texts = np.full((n + 1, np.bincount(place).max()), len(units))
-        for i in range(n):
-            mine = np.flatnonzero(place == i)
-            self._texts[i, : len(mine)] = mine
-
-    def chunks(self, size: int) -> list[slice]:
-        """Few enough sets at a time, where each needs `size` numbers."""
-        step = max(CHUNK // size, 1)
-        return [slice(i, i + step) for i in range(0, len(self.sets), step)]
-
-    def texts(self, chunk: slice) -> Int[np.ndarray, "set text"]:
-        """The texts of each set, filled up with one past the last."""
-        return self._texts[self.sets[chunk]].reshape(len(self.sets[chunk]), -1)
-
-    def kept(self, chunk: slice) -> Float[np.ndarray, "set n"]:
-        """1 for the texts that are not in the set, 0 for those that are."""
-        return (self._place != self.sets[chunk][..., None]).all(1).astype(float)
-
-
-class _Dual:
-    """One ridge probe at one layer: its scores of held-out texts, and how they would change without some that it learnt from.
-
-    The dual solution without texts s is the one in which theirs is 0: α − P_s P_ss⁻¹ α_s, with P the inverse of the
-    Gram matrix, penalty and intercept included. Exact at the same penalty; no factorisation per set.
-    """
-
-    def __init__(
-        self,
-        gram: Float[np.ndarray, "n n"],
-        targets: Float[np.ndarray, "n m"],
-        train: Int[np.ndarray, " train"],
-        test: Int[np.ndarray, " test"],
-        penalty: float,
-    ):
-        self.train, self.test = train, test
-        inner = gram[np.ix_(train, train)]
-        column, n = inner.mean(0), len(train)
-        centred = inner - column - column[:, None] + column.mean()
-        shift = max(penalty * np.trace(centred) / n, 0.0) or 1.0  # as `factor_gram`
-        inverse = cho_solve((factor_gram(centred, shift), False), np.eye(n))
-        read = gram[np.ix_(test, train)] - column
-        read -= read.mean(1, keepdims=True)
-        mean = targets[train].mean(0)
-        self.solution = inverse @ (targets[train] - mean)
-        self.scores = read @ self.solution + mean
-        self.inverse = inverse - 1 / (n * shift)
-        self.weights = read @ inverse + 1 / n
-        self.place = np.full(len(gram) + 1, -1)
-        self.place[train] = np.arange(n)
-
-    def moves(self, texts: Int[np.ndarray, "set text"]) -> Float[np.ndarray, "set test m"]:
-        """Change of every held-out score without each set of texts."""
-        index = self.place[texts]
-        there = index >= 0
-        own = self.inverse[index[:, :, None], index[:, None]] * (there[:, :, None] & there[:, None])
-        own[:, np.arange(own.shape[1]), np.arange(own.shape[1])] += ~there
-        taken = np.linalg.solve(own, self.solution[index] * there[..., None])
-        return np.asarray(-np.swapaxes(self.weights.T[index] * there[..., None], 1, 2) @ taken)
 
 
 # Logit of a class that cannot be: finite, so that 0 times it is 0.
@@ -427,12 +353,8 @@ def _variance(known: Float[np.ndarray, "what=3 layer unit"]) -> Float[np.ndarray
     """Errors are scenarios read by chance and scenarios learnt from by chance: those of a mean of influences.
 
     From the spread of losses alone intervals were half as wide as needed where 40 scenarios teach some probes much and others
-    little. But influences count what k scenarios do together k times (Efron and Stein 1981), and pairs count it C(k, 2) times.
-    With J and P, the variance lies between J² / (J + 2 P), by Cauchy and Schwarz, and J; where between, planted pairs
-    tell (docs/simulations): near J where P is small against it, near the other end where it is many times as much.
+    little.
     """
-    n = known.shape[-1]
-    influences = known[INFLUENCE].var(-1) / (n - 1)
-    pairs = (n - 1) / (2 * n) * (known[PAIR] ** 2).mean(-1)
-    share = np.divide(pairs, influences, out=np.zeros_like(pairs), where=influences > 0)
-    return np.asarray(influences / (1 + np.minimum((share / JOINT) ** 2, 2 * share)))
+    less = known[INFLUENCE].shape[-1] - 1
+    share = joint_share(known[INFLUENCE] / less, known[PAIR])
+    return np.asarray(known[INFLUENCE].var(-1) / less / overcount(share, JOINT))

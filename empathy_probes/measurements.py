@@ -31,14 +31,9 @@ from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.errors import InputError
 from empathy_probes.geometry import map_variance, transfer, whitened_kernels, whitening_covariance
 from empathy_probes.kernels import cross_kernels, strength_kernels
+from empathy_probes.leaving_out import leave_out, overcount
 from empathy_probes.nulls import DRAWS, direction_gaps, largest_p, permutation_null
-from empathy_probes.probes import (
-    AREA_FACTOR,
-    LEFT_OUT,
-    N_FOLDS,
-    is_binary,
-    left_out_scores,
-)
+from empathy_probes.probes import AREA_FACTOR, N_FOLDS, is_binary
 from empathy_probes.stats import (
     Curve,
     Jackknife,
@@ -59,6 +54,8 @@ from empathy_probes.stimuli import LabelKind, StimulusSet
 TRANSFER_LOSS = 0.1
 """AUROC (grades: correlation) by which a probe of the other model must surely fall short to have failed."""
 BASE, ALIGNED = 0, 1
+# Where pairs of scenarios count this many times what single ones do to a reading, half of its variance is taken off (`overcount`).
+JOINT = 5.0
 # What a probe reads: its own model's states, the other's as they are, the other's carried over by the neutral-text map.
 OWN, PLAIN, MAPPED = 0, 1, 2
 
@@ -81,9 +78,11 @@ class Views:
     """The same of the category, told the coarse one it lies in; no scenarios where no category lies in another."""
     transfer: Float[np.ndarray, "mapped=2 fitted=2 layer contrast item"]
     """Out-of-fold scores of each model's probe on the other's states, plain and mapped."""
-    left_out: Float[np.ndarray, "fitted=2 read=3 group layer"]
-    """AUROC (grades: correlation) of each model's probe on its own states, the other's, and those mapped, without each group of
-    scenarios in turn, probes trained anew: from these the errors of readings across models are computed."""
+    left_out: Float[np.ndarray, "fitted=2 read=3 layer unit"]
+    """AUROC (grades: correlation) of each model's probe on its own states, the other's, and those mapped, without each
+    scenario in turn, probes trained anew: from these the errors of readings across models are computed."""
+    joint: Float[np.ndarray, "fitted=2 read=3 layer"]
+    """How much scenarios do to it together (`leaving_out.joint_share`)."""
     map_error: Float[np.ndarray, " layer"]
     """Share of neutral variance that the map misses on texts it was not fitted on."""
     shuffled_p: Float[np.ndarray, "model=2 layer"]
@@ -145,7 +144,7 @@ class Measurement:
         AUROC, its mean over categories, or the correlation with grades, of out-of-fold scores of `OWN` states, or of the other
         model's, `PLAIN` or `MAPPED`. A probe may read another model's states by luck of its training, of which the texts
         know nothing (intervals that took probes as given held the truth in .74): there all probes are trained anew
-        without each group of scenarios.
+        without each scenario.
         """
         return self._interval(*self._jackknife(fitted, read, anew=read != OWN))
 
@@ -169,8 +168,9 @@ class Measurement:
         """A reading without scenarios in turn, probes trained `anew` or as they are, and by what its interval is widened."""
         scores = self._scores_of(fitted, read)
         if anew:
-            left_out = np.moveaxis(self.views.left_out[fitted, read].astype(np.float64), 0, -1)
-            return Jackknife(_reading(scores, self.codes), left_out, len(self.units)), 1.0
+            left_out = self.views.left_out[fitted, read].astype(np.float64)
+            often = overcount(self.views.joint[fitted, read].astype(np.float64), JOINT)
+            return Jackknife(_reading(scores, self.codes), left_out, often), 1.0
         return self._leave_one_out(scores), AREA_FACTOR
 
     def _leave_one_out(self, scores: Float[np.ndarray, "layer contrast item"]) -> Jackknife:
@@ -410,6 +410,7 @@ def _views(
     def both(values: list[np.ndarray]) -> np.ndarray:
         return np.ascontiguousarray([values[i] for i in sides], np.float32)
 
+    left_out, joint = _left_out(normalised, codes, folds, units, carried, seed, same_model)
     whitening = whitening_covariance((differences[0], differences[sides[1]]), (neutral[0], neutral[sides[1]]))
     return Views(
         whitened=both(whitened),
@@ -421,9 +422,8 @@ def _views(
         losses=both(losses),
         fine_losses=both(fine_losses),
         transfer=np.ascontiguousarray([plain, mapped]),
-        left_out=_left_out(
-            normalised, codes, folds, grouped_folds(units, LEFT_OUT, seed + 1), carried, same_model
-        ),
+        left_out=left_out.astype(np.float32),
+        joint=joint.astype(np.float32),
         map_error=np.zeros_like(carried.error) if same_model else carried.error,
         shuffled_p=both(shuffled_p),
         random_p=both(random),
@@ -435,27 +435,19 @@ def _left_out(
     normalised: Sequence[np.ndarray],
     codes: np.ndarray,
     folds: np.ndarray,
-    groups: np.ndarray,
+    units: Sequence[str],
     carried: NeutralMap,
+    seed: int,
     same_model: bool,
-) -> Float[np.ndarray, "fitted=2 read=3 group layer"]:
+) -> tuple[Float[np.ndarray, "fitted=2 read=3 layer unit"], Float[np.ndarray, "fitted=2 read=3 layer"]]:
     base, aligned = normalised
     sides = [(base, [base])] if same_model else [
         (base, [base, aligned, carried.backward(aligned)]), (aligned, [aligned, base, carried.forward(base)])
     ]  # fmt: skip
-    found = np.stack(
-        [
-            np.stack(
-                [
-                    _reading(scores, codes[:, kept])
-                    for kept, scores in left_out_scores(fitted, reads, codes, folds, groups)
-                ],
-                1,
-            )
-            for fitted, reads in sides
-        ]
-    )
-    return np.ascontiguousarray(np.broadcast_to(found, (2, 3, *found.shape[2:])))
+    found = [leave_out(fitted, reads, codes, folds, units, _reading, seed) for fitted, reads in sides]
+    alone, joint = (np.stack(part) for part in zip(*((x.alone, x.joint) for x in found), strict=True))
+    shape = 2, 3, *joint.shape[2:]
+    return np.broadcast_to(alone, (*shape, alone.shape[-1])), np.broadcast_to(joint, shape)
 
 
 def _reading(scores: np.ndarray, codes: np.ndarray) -> np.ndarray:

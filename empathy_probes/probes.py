@@ -24,8 +24,6 @@ N_FOLDS = 5
 READING_FACTOR = 1.6
 # The same of areas and correlations, up to this: strong signals need less (`stats.widened`).
 AREA_FACTOR = 1.45
-# Groups of scenarios that are left out in turn, all probes trained anew, where one model's probe reads another's states.
-LEFT_OUT = 10
 
 
 def cross_fitted_scores(
@@ -51,54 +49,6 @@ def paired_scores(
 ) -> Float[np.ndarray, "layer contrast n"]:
     """Out-of-fold scores of one model's probes on another model's states of the same texts."""
     return shared_scores(fitted, read, (labels,), folds)[0]
-
-
-def left_out_scores(
-    fitted: Float[np.ndarray, "n layer d"],
-    reads: Sequence[Float[np.ndarray, "n layer d"]],
-    labels: Num[np.ndarray, "contrast n"],
-    folds: Int[np.ndarray, " n"],
-    groups: Int[np.ndarray, " n"],
-) -> list[tuple[Int[np.ndarray, " kept"], Float[np.ndarray, "read layer contrast kept"]]]:
-    """What `paired_scores` of each of `reads` would be without each group of texts in turn, and which texts are left.
-
-    All probes are trained anew: how a reading differs between groups tells how far it errs, the luck of training included.
-    """
-    a, *b = (np.swapaxes(np.asarray(x, np.float64), 0, 1) for x in (fitted, *reads))
-    n = len(folds)
-    few_columns = a.shape[2] < min((folds != fold).sum() for fold in np.unique(folds))
-    gram = None if few_columns else a @ np.swapaxes(a, 1, 2)
-    cross = None if gram is None else np.concatenate([_products(x, a, gram) for x in b], 1)
-    found = []
-    for group in np.unique(groups):
-        kept = np.flatnonzero(groups != group)
-        some, of = labels[:, kept], folds[kept]
-        if gram is None or cross is None:
-            scores = np.stack([_few_columns(a[:, kept], x[:, kept], (some,), of)[0] for x in b])
-        else:
-            rows = (np.arange(len(b))[:, None] * n + kept).ravel()
-            inner, other = gram[:, kept[:, None], kept], cross[:, rows[:, None], kept]
-            scores = _stacked_scores(inner, other, some, of, len(b))
-        found.append((kept, scores))
-    return found
-
-
-def _stacked_scores(
-    gram: Float[np.ndarray, "layer n n"],
-    cross: Float[np.ndarray, "layer rows n"],
-    labels: Num[np.ndarray, "contrast n"],
-    folds: Int[np.ndarray, " n"],
-    reads: int,
-) -> Float[np.ndarray, "read layer contrast n"]:
-    """`_scores` of several sets of states with the same probes, one factorisation for all."""
-    targets, n = _targets(labels), len(folds)
-    scores = np.empty((len(gram), reads, n, targets.shape[1]))
-    for fold in np.unique(folds):
-        train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        rows = (np.arange(reads)[:, None] * n + test).ravel()
-        read = _ridge_scores(gram, targets, train, rows, cross)
-        scores[:, :, test] = read.reshape(len(gram), reads, len(test), -1)
-    return np.moveaxis(scores, (0, 3), (1, 2))
 
 
 def shared_scores(
@@ -135,7 +85,7 @@ def _scores(
     labels: Num[np.ndarray, "contrast n"],
     folds: Int[np.ndarray, " n"],
 ) -> Float[np.ndarray, "layer contrast n"]:
-    targets = _targets(labels)
+    targets = signed_targets(labels)
     scores = np.empty((*gram.shape[:2], targets.shape[1]))
     for fold in np.unique(folds):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
@@ -176,7 +126,7 @@ class _Labelling:
     """Targets of every fold, and which texts have opposite ones in all labellings, as those of minimal pairs do."""
 
     def __init__(self, labels: Num[np.ndarray, "contrast n"], held_out: Sequence[Int[np.ndarray, " _"]]):
-        targets = np.ascontiguousarray(_targets(labels).T)
+        targets = np.ascontiguousarray(signed_targets(labels).T)
         self.targets = [targets[:, test] for test in held_out]
         self.totals = [part.sum(1) for part in self.targets]
         self.opposed = [_opposites(part) for part in self.targets]
@@ -203,7 +153,8 @@ def _opposites(targets: Float[np.ndarray, "contrast n"]) -> tuple[list[int], lis
     return one, other, sorted(i for left in waiting.values() for i in left)
 
 
-def _targets(labels: Num[np.ndarray, "contrast n"]) -> Float[np.ndarray, "n contrast"]:
+def signed_targets(labels: Num[np.ndarray, "contrast n"]) -> Float[np.ndarray, "n contrast"]:
+    """What a probe is trained towards: ±1, or the grades."""
     return np.ascontiguousarray((2.0 * labels - 1 if is_binary(labels) else labels.astype(float)).T)
 
 

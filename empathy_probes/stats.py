@@ -299,7 +299,11 @@ def auroc(
     labels = np.asarray(labels)
     if labels.ndim == 2:
         return np.mean([auroc(scores[..., c, :], row) for c, row in enumerate(labels)], axis=0)
-    return _placements(scores, labels)[0].mean(axis=-1)
+    positive = labels == 1
+    p, q = _both_counts(positive)
+    # Of the ranks of the positives, what lies above those they would have if all were last (Mann and Whitney).
+    rank = distributions.rankdata(scores, axis=-1)[..., positive]
+    return (rank.sum(-1) - p * (p + 1) / 2) / (p * q)
 
 
 def correlation(
@@ -331,28 +335,38 @@ def _placements(
 ) -> tuple[Float[np.ndarray, "... positive"], Float[np.ndarray, "... negative"]]:
     """Share of the other label that each item beats (for negatives: is beaten by), from mid-ranks."""
     positive = labels == 1
-    p, q = int(positive.sum()), int((~positive).sum())
-    if p == 0 or q == 0:
-        raise InputError(f"{p} items have label 1 and {q} label 0, expected both: give texts of each label")
+    p, q = _both_counts(positive)
     rank = distributions.rankdata(scores, axis=-1)
     up = rank[..., positive] - distributions.rankdata(scores[..., positive], axis=-1)
     down = rank[..., ~positive] - distributions.rankdata(scores[..., ~positive], axis=-1)
     return up / q, 1 - down / p
 
 
+def _both_counts(positive: Bool[np.ndarray, " n"]) -> tuple[int, int]:
+    p, q = int(positive.sum()), int((~positive).sum())
+    if p == 0 or q == 0:
+        raise InputError(f"{p} items have label 1 and {q} label 0, expected both: give texts of each label")
+    return p, q
+
+
 @dataclass(frozen=True)
 class Jackknife:
-    """How well something is read, and the same with each group of units left out in turn."""
+    """How well something is read, and the same with each unit left out in turn."""
 
     value: Float[np.ndarray, "..."]
-    left_out: Float[np.ndarray, "... group"]
-    units: int
-    """Scenarios in all groups together; a group may be a single one."""
+    left_out: Float[np.ndarray, "... unit"]
+    overcount: Float[np.ndarray, "..."] | float = 1.0
+    """By what the variance of the value that units tell is too large (`leaving_out.overcount`); differences have one of their own."""
+
+    @property
+    def units(self) -> int:
+        """How many are left out in turn: scenarios."""
+        return self.left_out.shape[-1]
 
     @property
     def critical(self) -> float:
-        """Student's 97.5 % point for a standard error from so many groups."""
-        return float(critical_t(self.left_out.shape[-1] - 1))
+        """Student's 97.5 % point for a standard error from so many units."""
+        return float(critical_t(self.units - 1))
 
 
 def leave_one_out(
@@ -363,7 +377,7 @@ def leave_one_out(
     if labels.ndim == 2:
         each = [leave_one_out(scores[..., c, :], row, groups) for c, row in enumerate(labels)]
         value, left_out = (np.mean([getattr(x, name) for x in each], 0) for name in ("value", "left_out"))
-        return Jackknife(value, left_out, each[0].units)
+        return Jackknife(value, left_out)
     up, down = _placements(scores, labels)
     positive = labels == 1
     p, q = up.shape[-1], down.shape[-1]
@@ -376,7 +390,7 @@ def leave_one_out(
     lost = (up[..., ones] * one).sum(-1) * q + (down[..., zeros] * zero).sum(-1) * p - own.sum((-2, -1))
     wins = up.sum(axis=-1) * q
     left_out = (wins[..., None] - lost) / ((p - one.sum(-1)) * (q - zero.sum(-1)))
-    return Jackknife(wins / (p * q), left_out, n_units)
+    return Jackknife(wins / (p * q), left_out)
 
 
 def _slots(
@@ -396,7 +410,7 @@ def leave_one_out_correlations(
     """Correlation with each scenario left out in turn."""
     unit = np.unique([str(group) for group in groups], return_inverse=True)[1]
     left_out = [correlation(scores[..., unit != s], values[unit != s]) for s in range(unit.max() + 1)]
-    return Jackknife(correlation(scores, values), np.stack(left_out, -1), len(left_out))
+    return Jackknife(correlation(scores, values), np.stack(left_out, -1))
 
 
 def _covariance(first: Jackknife, second: Jackknife) -> Float[np.ndarray, "..."]:
@@ -472,7 +486,7 @@ def _shared(
 
 def _area_reach(jackknife: Jackknife, widen: float) -> Float[np.ndarray, "..."]:
     """Half of a 95 % interval, on the area's own scale."""
-    variance = _covariance(jackknife, jackknife) + _imaginary(jackknife, jackknife)
+    variance = _covariance(jackknife, jackknife) / jackknife.overcount + _imaginary(jackknife, jackknife)
     reach = jackknife.critical * np.sqrt(variance)
     return np.asarray(reach * widened((2 * jackknife.value - 1) ** 2, widen))
 
@@ -571,7 +585,9 @@ def fisher_interval(found: Jackknife, widen: float = 1.0) -> Curve:
     """Correlation with a 95 % interval; see `correlation_interval`."""
     z = np.arctanh(np.clip(found.value, -1 + 1e-12, 1 - 1e-12))
     # On Fisher's scale itself: near 1 its derivative would exaggerate a change that is not small against 1 - r.
-    reach = _jackknife_reach(np.arctanh(np.clip(found.left_out, -1 + 1e-12, 1 - 1e-12)))
+    reach = _jackknife_reach(np.arctanh(np.clip(found.left_out, -1 + 1e-12, 1 - 1e-12))) / np.sqrt(
+        found.overcount
+    )
     reach *= widened(found.value**2, widen)
     return Curve(found.value, np.tanh(z - reach), np.tanh(z + reach))
 
@@ -596,7 +612,7 @@ def paired_difference(base: Jackknife, aligned: Jackknife, widen: float = 1.0) -
     return Curve(difference, difference - reach, difference + reach)
 
 
-def _jackknife_reach(left_out: Float[np.ndarray, "... group"]) -> Float[np.ndarray, "..."]:
+def _jackknife_reach(left_out: Float[np.ndarray, "... unit"]) -> Float[np.ndarray, "..."]:
     n = left_out.shape[-1]
     spread = left_out - left_out.mean(axis=-1, keepdims=True)
     return critical_t(n - 1) * np.sqrt((n - 1) / n * (spread**2).sum(axis=-1))

@@ -1,0 +1,195 @@
+"""How far a number errs that probes made: all of them trained anew without every scenario in turn, in closed form.
+
+A score depends on the held-out text and on the scenarios that its probe learnt from. How much the latter matters shows when a
+scenario is left out of everything. The dual solution of a ridge without some texts needs no factorisation of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, Num
+from scipy.linalg import cho_solve
+
+from empathy_probes.probes import factor_gram, signed_targets
+
+# Numbers held at once while units are left out.
+CHUNK = 2_000_000
+
+
+class LeftOut:
+    """Every unit alone, then every unit with the next one on a ring in random order: what is left out in turn."""
+
+    def __init__(self, units: Sequence[str], seed: int):
+        order = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+        place, n = np.array([order[unit] for unit in units]), len(order)
+        self.n = n
+        self.share = np.eye(n)[place] / np.bincount(place)
+        # By name, so that the order of texts does not matter.
+        self.ring = np.random.default_rng([seed, 41]).permutation(np.argsort(list(order)))
+        alone = np.stack([np.arange(n), np.full(n, n)], 1)
+        self.sets = np.concatenate([alone, np.stack([self.ring, np.roll(self.ring, -1)], 1)])
+        self._place = place
+        self._texts = np.full((n + 1, np.bincount(place).max()), len(units))
+        for i in range(n):
+            mine = np.flatnonzero(place == i)
+            self._texts[i, : len(mine)] = mine
+
+    def chunks(self, size: int) -> list[slice]:
+        """Few enough sets at a time, where each needs `size` numbers."""
+        step = max(CHUNK // size, 1)
+        return [slice(i, i + step) for i in range(0, len(self.sets), step)]
+
+    def texts(self, chunk: slice) -> Int[np.ndarray, "set text"]:
+        """The texts of each set, filled up with one past the last."""
+        return self._texts[self.sets[chunk]].reshape(len(self.sets[chunk]), -1)
+
+    def kept(self, chunk: slice) -> Float[np.ndarray, "set n"]:
+        """1 for the texts that are not in the set, 0 for those that are."""
+        return (self._place != self.sets[chunk][..., None]).all(1).astype(float)
+
+    def pairs(
+        self, value: Float[np.ndarray, "..."], without: Float[np.ndarray, "... set"]
+    ) -> Float[np.ndarray, "... unit"]:
+        """n times what two units, neighbours on the ring, do to a value together, beyond both alone."""
+        n = self.n
+        one, two = without[..., :n], without[..., n:]
+        either = one[..., self.ring] + one[..., np.roll(self.ring, -1)]
+        return n * np.asarray(value)[..., None] - (n - 1) * either + (n - 2) * two
+
+
+class DualProbe:
+    """One ridge probe at one layer: its scores of held-out texts, and how they would change without some that it learnt from.
+
+    The dual solution without texts s is the one in which theirs is 0: α − P_s P_ss⁻¹ α_s, with P the inverse of the
+    Gram matrix, penalty and intercept included. Exact at the same penalty; no factorisation per set.
+    """
+
+    def __init__(
+        self,
+        gram: Float[np.ndarray, "n n"],
+        targets: Float[np.ndarray, "n m"],
+        train: Int[np.ndarray, " train"],
+        test: Int[np.ndarray, " test"],
+        penalty: float,
+        states: Float[np.ndarray, "read n"] | None = None,
+    ):
+        """`states`: inner products of all that is to be read (another model's states) with the texts; those of `test` by default."""
+        self.train, self.test = train, test
+        inner = gram[np.ix_(train, train)]
+        column, n = inner.mean(0), len(train)
+        centred = inner - column - column[:, None] + column.mean()
+        shift = max(penalty * np.trace(centred) / n, 0.0) or 1.0  # as `factor_gram`
+        inverse = cho_solve((factor_gram(centred, shift), False), np.eye(n))
+        read = (gram[test] if states is None else states)[:, train] - column
+        read -= read.mean(1, keepdims=True)
+        self.mean = targets[train].mean(0)
+        self.solution = inverse @ (targets[train] - self.mean)
+        self.scores = read @ self.solution + self.mean
+        self.inverse = inverse - 1 / (n * shift)
+        self.weights = read @ inverse + 1 / n
+        self.place = np.full(len(gram) + 1, -1)
+        self.place[train] = np.arange(n)
+
+    def moves(self, texts: Int[np.ndarray, "set text"]) -> Float[np.ndarray, "set read m"]:
+        """Change of every score without each set of texts."""
+        index = self.place[texts]
+        there = index >= 0
+        own = self.inverse[index[:, :, None], index[:, None]] * (there[:, :, None] & there[:, None])
+        own[:, np.arange(own.shape[1]), np.arange(own.shape[1])] += ~there
+        taken = np.linalg.solve(own, self.solution[index] * there[..., None])
+        return np.asarray(-np.swapaxes(self.weights.T[index] * there[..., None], 1, 2) @ taken)
+
+
+@dataclass(frozen=True)
+class Without:
+    """A value of scores, and the same without units."""
+
+    alone: Float[np.ndarray, "read layer unit"]
+    """Without each unit, in the order of their first text: probes neither learn from it nor read it."""
+    joint: Float[np.ndarray, "read layer"]
+    """`joint_share` of it."""
+
+
+def leave_out(
+    fitted: Float[np.ndarray, "n layer d"],
+    reads: Sequence[Float[np.ndarray, "n layer d"]],
+    labels: Num[np.ndarray, "contrast n"],
+    folds: Int[np.ndarray, " n"],
+    units: Sequence[str],
+    value: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    seed: int = 0,
+) -> Without:
+    """What a value of `paired_scores` of each of `reads` would be without every unit in turn, all probes trained anew.
+
+    How it differs tells how far it errs, the luck of training included.
+
+    Args:
+        fitted: states that probes are trained on.
+        reads: states that they read, of the same texts.
+        labels: one row per contrast.
+        folds: fold of each text; texts of a unit share one.
+        units: of each text.
+        value: of scores [... contrast n] and the labels of the same texts.
+        seed: which units make a pair.
+    """
+    left_out, targets = LeftOut(units, seed), signed_targets(labels)
+    n, m = targets.shape
+    held_out = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
+    alone, joint = [], []
+    for layer in range(fitted.shape[1]):
+        x = fitted[:, layer].astype(np.float64)
+        products = np.stack([read[:, layer].astype(np.float64) @ x.T for read in reads])
+        scores = np.empty((len(reads), n, m))
+        probes = []
+        for test in held_out:
+            states = products[:, test].reshape(-1, n)
+            probe = DualProbe(x @ x.T, targets, np.setdiff1d(np.arange(n), test), test, 1.0, states)
+            # Less the training mean, as `paired_scores`.
+            scores[:, test] = (probe.scores - probe.mean).reshape(len(reads), len(test), m)
+            probes.append(probe)
+        without = np.empty((len(reads), len(left_out.sets)))
+        for chunk in left_out.chunks(scores.size):
+            texts, kept = left_out.texts(chunk), left_out.kept(chunk)
+            moved = np.repeat(scores[None], len(texts), 0)
+            for probe in probes:
+                changed = probe.moves(texts) - _mean_moves(targets, probe, kept)
+                moved[:, :, probe.test] += changed.reshape(len(texts), len(reads), -1, m)
+            moved = np.swapaxes(moved, 2, 3)
+            for i, there in enumerate(kept > 0):
+                without[:, chunk.start + i] = value(moved[i][..., there], labels[:, there])
+        whole = value(np.swapaxes(scores, 1, 2), labels)
+        alone.append(without[:, : left_out.n])
+        joint.append(joint_share(alone[-1], left_out.pairs(whole, without)))
+    return Without(np.stack(alone, 1), np.stack(joint, 1))
+
+
+def _mean_moves(
+    targets: Float[np.ndarray, "n m"], probe: DualProbe, kept: Float[np.ndarray, "set n"]
+) -> Float[np.ndarray, "set read=1 m"]:
+    """Change of the training mean, which a score of all its texts together would have."""
+    there = kept[:, probe.train]
+    return ((there @ targets[probe.train]) / there.sum(1, keepdims=True) - probe.mean)[:, None]
+
+
+def joint_share(
+    alone: Float[np.ndarray, "... unit"], pairs: Float[np.ndarray, "... unit"]
+) -> Float[np.ndarray, "..."]:
+    """How much pairs do together, against what single units do: both as sums of the variance that they make."""
+    n = alone.shape[-1]
+    single = (n - 1) * alone.var(-1)
+    both = (n - 1) / (2 * n) * (pairs**2).mean(-1)
+    return np.divide(both, single, out=np.zeros_like(both), where=single > 0)
+
+
+def overcount(share: Float[np.ndarray, "..."], joint: float) -> Float[np.ndarray, "..."]:
+    """By what the variance from leaving single units out is too large, for a `joint_share`.
+
+    What k units do together it counts k times (Efron and Stein 1981), and pairs count it C(k, 2) times. With J and P, the
+    variance lies between J² / (J + 2 P), by Cauchy and Schwarz, and J; where between, planted pairs tell (docs/simulations):
+    near J where P is small against it, near the other end where it is many times as much.
+    At a share of `joint`, half of J is left.
+    """
+    return 1 + np.minimum((share / joint) ** 2, 2 * share)
