@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import log_softmax
 
 from empathy_probes.leaving_out import DualProbe, LeftOut, joint_share, overcount
-from empathy_probes.probes import N_FOLDS
+from empathy_probes.probes import N_FOLDS, from_their_mean
 from empathy_probes.stats import Curve, critical_t, grouped_folds
 
 # Penalties mixed, in units of the mean eigenvalue of the training Gram matrix.
@@ -164,10 +164,10 @@ def _nested_losses(
     left_out = LeftOut(units, seed)
     n = left_out.n
     layers = features.shape[1]
+    (centred,) = from_their_mean(features)
     total, without = np.zeros((layers, n)), np.zeros((layers, len(left_out.sets)))
     for layer in range(layers):
-        states = features[:, layer].astype(np.float64)
-        gram = states @ states.T
+        gram = centred[layer] @ centred[layer].T
         for split in splits:
             probes = [[DualProbe(gram, targets, *rows, penalty) for rows in split] for penalty in PENALTIES]
             losses, fewer = _fold_losses(left_out, judge, probes)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 from scipy.linalg import cho_solve
 
-from empathy_probes.probes import factor_gram, signed_targets
+from empathy_probes.probes import factor_gram, from_their_mean, signed_targets
 
 # Numbers held at once while units are left out.
 CHUNK = 2_000_000
@@ -139,14 +139,14 @@ def leave_out(
     n, m = targets.shape
     held_out = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
     alone, joint = [], []
-    for layer in range(fitted.shape[1]):
-        x = fitted[:, layer].astype(np.float64)
-        products = np.stack([read[:, layer].astype(np.float64) @ x.T for read in reads])
+    for x, *others in zip(*from_their_mean(fitted, *reads), strict=True):
+        gram = x @ x.T
+        products = np.stack([read @ x.T for read in others])
         scores = np.empty((len(reads), n, m))
         probes = []
         for test in held_out:
             states = products[:, test].reshape(-1, n)
-            probe = DualProbe(x @ x.T, targets, np.setdiff1d(np.arange(n), test), test, 1.0, states)
+            probe = DualProbe(gram, targets, np.setdiff1d(np.arange(n), test), test, 1.0, states)
             # Less the training mean, as `paired_scores`.
             scores[:, test] = (probe.scores - probe.mean).reshape(len(reads), len(test), m)
             probes.append(probe)
@@ -157,13 +157,18 @@ def leave_out(
             for probe in probes:
                 changed = probe.moves(texts) - _mean_moves(targets, probe, kept)
                 moved[:, :, probe.test] += changed.reshape(len(texts), len(reads), -1, m)
-            moved = np.swapaxes(moved, 2, 3)
+            moved = _told(moved)
             for i, there in enumerate(kept > 0):
                 without[:, chunk.start + i] = value(moved[i][..., there], labels[:, there])
-        whole = value(np.swapaxes(scores, 1, 2), labels)
+        whole = value(_told(scores), labels)
         alone.append(without[:, : left_out.n])
         joint.append(joint_share(alone[-1], left_out.pairs(whole, without)))
     return Without(np.stack(alone, 1), np.stack(joint, 1))
+
+
+def _told(scores: Float[np.ndarray, "*batch n m"]) -> Float[np.ndarray, "*batch m n"]:
+    """Without what only rounding tells apart: texts whose states are equal must not be ranked by it."""
+    return np.swapaxes(np.round(scores, 12), -1, -2)
 
 
 def _mean_moves(

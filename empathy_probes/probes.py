@@ -58,13 +58,29 @@ def shared_scores(
     folds: Int[np.ndarray, " n"],
 ) -> list[Float[np.ndarray, "layer _ n"]]:
     """`paired_scores` of several sets of labellings, each to the last bit what it is alone."""
-    a = np.swapaxes(np.asarray(fitted, np.float64), 0, 1)
-    b = a if read is fitted else np.swapaxes(np.asarray(read, np.float64), 0, 1)
+    a, *others = from_their_mean(fitted, *([] if read is fitted else [read]))
+    b = others[0] if others else a
     if a.shape[2] < min((folds != fold).sum() for fold in np.unique(folds)):
         return _few_columns(a, b, labellings, folds)
     gram = a @ np.swapaxes(a, 1, 2)
     cross = None if read is fitted else _products(b, a, gram)
     return [_scores(gram, cross, labels, folds) for labels in labellings]
+
+
+def from_their_mean(
+    fitted: Float[np.ndarray, "n layer d"], *reads: Float[np.ndarray, "n layer d"]
+) -> list[Float[np.ndarray, "layer n d"]]:
+    """All states less the mean of those that probes are fitted on, which are 0 at a layer where all texts agree.
+
+    What rounding would leave of them there, divided by what it leaves of their spread, is a score of any size.
+    """
+    found = [np.swapaxes(np.asarray(x, np.float64), 0, 1) for x in (fitted, *reads)]
+    mean = found[0].mean(1, keepdims=True)
+    found = [x - mean for x in found]
+    agreed = (fitted == fitted[:1]).all((0, 2))
+    for x in found:
+        x[agreed] = 0
+    return found
 
 
 def _products(
@@ -104,7 +120,6 @@ def _few_columns(
     asked = [_Labelling(labels, held_out) for labels in labellings]
     scores = [np.empty((len(fitted), *labels.shape)) for labels in labellings]
     for layer, (x, z) in enumerate(zip(fitted, read, strict=True)):
-        x, z = x - x.mean(0), z - x.mean(0)
         of_fold = [x[test] for test in held_out]
         inner = [out.T @ out for out in of_fold]
         whole = sum(inner)

@@ -70,6 +70,16 @@ def test_a_value_without_a_unit_is_that_of_fitting_and_reading_without_it(data, 
     assert np.corrcoef((found.alone - whole[..., None]).ravel(), moved.ravel())[0, 1] > 0.99
 
 
+@pytest.mark.parametrize(("data", "value", "nothing"), [(binary, auroc, 0.5), (graded, pearson, 0.0)])
+def test_states_that_are_all_the_same_read_nothing_without_any_unit(data, value, nothing: float) -> None:
+    states, labels, units = data(24, 6)
+    states[:, 0] = 0.7
+    folds = grouped_folds(units, 5, 0)
+    found = leave_out(states, [states], labels, folds, units, value)
+    assert (found.alone[0, 0] == nothing).all() and found.joint[0, 0] == 0
+    assert (found.alone[0, 1] != nothing).all() and found.joint[0, 1] > 0
+
+
 def test_pairs_do_together_what_the_values_without_them_say() -> None:
     """Of a mean nothing, and of a product of means what is left when both single parts are taken off."""
     n, x = 12, np.random.default_rng(0).standard_normal((2, 12))
