@@ -10,6 +10,7 @@ score comes from a probe that saw no text of its scenario.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -131,8 +132,11 @@ def _few_columns(
             factor = factor_gram(left, np.trace(left) / many)
             for labelling, parts, found in zip(asked, aims, scores, strict=True):
                 # Added up from the other folds, not taken off the whole: a text's own label must not even be in the rounding.
-                aim, total = (sum(each[:fold] + each[fold + 1 :]) for each in (parts, labelling.totals))
-                aim -= np.outer(total, centre)
+                aim, total = (
+                    reduce(np.add, each[:fold] + each[fold + 1 :]) for each in (parts, labelling.totals)
+                )
+                if total.any():
+                    aim -= np.outer(total, centre)
                 found[layer][:, test] = _apply(factor, aim.T, z[test] - centre).T
     return scores
 
@@ -148,10 +152,11 @@ class _Labelling:
 
     def aims(self, of_fold: Sequence[Float[np.ndarray, "_ d"]]) -> list[Float[np.ndarray, "contrast d"]]:
         """Yᵀ X of every fold; y x + (−y) x' is y (x − x'), half the products."""
-        return [
-            part[:, one] @ (out[one] - out[other]) + part[:, alone] @ out[alone]
-            for part, out, (one, other, alone) in zip(self.targets, of_fold, self.opposed, strict=True)
-        ]
+        found = []
+        for part, out, (one, other, alone) in zip(self.targets, of_fold, self.opposed, strict=True):
+            aim = part[:, one] @ (out[one] - out[other])
+            found.append(aim + part[:, alone] @ out[alone] if alone else aim)
+        return found
 
 
 def _opposites(targets: Float[np.ndarray, "contrast n"]) -> tuple[list[int], list[int], list[int]]:
@@ -178,7 +183,7 @@ def factor_gram(gram: Float[np.ndarray, "k k"], penalty: float) -> Float[np.ndar
     shifted = gram.copy()
     shifted.flat[:: len(gram) + 1] += penalty if penalty > 0 else 1.0
     # A symmetric matrix is its transpose, which LAPACK takes as it lies in memory.
-    return cho_factor(shifted.T, overwrite_a=True)[0]
+    return cho_factor(shifted.T, overwrite_a=True, check_finite=False)[0]
 
 
 def _apply(
@@ -186,8 +191,8 @@ def _apply(
 ) -> Float[np.ndarray, "test m"]:
     """read (G + λI)⁻¹ aim, with as many solves as there are labellings or rows to read, whichever are fewer."""
     if aim.shape[1] <= len(read):
-        return read @ cho_solve((factor, False), aim)
-    return (aim.T @ cho_solve((factor, False), read.T)).T
+        return read @ cho_solve((factor, False), aim, check_finite=False)
+    return (aim.T @ cho_solve((factor, False), read.T, check_finite=False)).T
 
 
 def is_binary(labels: Num[np.ndarray, "..."]) -> bool:
