@@ -9,7 +9,7 @@ shuffled labels and random directions give.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
@@ -146,7 +146,12 @@ class Measurement:
         know nothing (intervals that took probes as given held the truth in .74): there all probes are trained anew
         without each scenario.
         """
-        return self._interval(*self._jackknife(fitted, read, anew=read != OWN))
+        found, widen = self._jackknife(fitted, read, anew=read != OWN)
+        if read != OWN:
+            # Only here: what is taken off for a reading is not what is joint in a difference of two.
+            joint = self.views.joint[fitted, read].astype(np.float64)
+            found = replace(found, overcount=overcount(joint, JOINT))
+        return self._interval(found, widen)
 
     def reading_difference(self, first: tuple[int, int], second: tuple[int, int]) -> Curve:
         """Second reading minus the first, each given by the model whose probe it is and what that reads."""
@@ -169,8 +174,7 @@ class Measurement:
         scores = self._scores_of(fitted, read)
         if anew:
             left_out = self.views.left_out[fitted, read].astype(np.float64)
-            often = overcount(self.views.joint[fitted, read].astype(np.float64), JOINT)
-            return Jackknife(_reading(scores, self.codes), left_out, often), 1.0
+            return Jackknife(_reading(scores, self.codes), left_out), 1.0
         return self._leave_one_out(scores), AREA_FACTOR
 
     def _leave_one_out(self, scores: Float[np.ndarray, "layer contrast item"]) -> Jackknife:

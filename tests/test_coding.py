@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from empathy_probes.concepts import Concept
 from empathy_probes.design import design_study
 from empathy_probes.errors import InputError
 from empathy_probes.grammar import stimuli_rows
-from empathy_probes.measurements import ALIGNED, BASE, OWN, Measurement, measure_concept
+from empathy_probes.measurements import ALIGNED, BASE, MAPPED, OWN, PLAIN, Measurement, measure_concept
 from empathy_probes.phantoms import load_phantom
 from empathy_probes.probes import cross_fitted_scores
 from empathy_probes.rows import bits_rows, granularity_rows, reading_rows, slope_rows, transfer_rows
@@ -132,6 +133,18 @@ def test_macro_auroc_is_scikit_learns() -> None:
     expected = roc_auc_score(one_hot, m.scores[0, 0].T, average="macro")
     np.testing.assert_allclose(m.reading(BASE).value[0], expected)
     assert (m.reading_difference((BASE, OWN), (ALIGNED, OWN)).value == 0).all()
+
+
+def test_what_scenarios_do_jointly_is_taken_off_a_transfer_and_not_off_a_difference_of_two() -> None:
+    base = states(60, [0.9 * np.eye(WIDTH)[:2]])
+    m = measured(concept_of([0, 1]), base, base + states(60, [0.3 * np.eye(WIDTH)[:2]], 0.5, seed=1))
+    none = replace(m, views=replace(m.views, joint=np.zeros_like(m.views.joint)))
+    assert (m.views.joint[BASE, PLAIN] > 1).all()
+    for read in (PLAIN, MAPPED):
+        less, plain = m.reading(BASE, read), none.reading(BASE, read)
+        assert (less.upper - less.lower < 0.99 * (plain.upper - plain.lower)).all()
+        one, other = (x.reading_difference((ALIGNED, OWN), (BASE, read)) for x in (m, none))
+        np.testing.assert_array_equal([one.lower, one.upper], [other.lower, other.upper])
 
 
 def test_bits_of_grades_are_the_information_of_a_normal_channel() -> None:
