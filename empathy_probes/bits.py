@@ -253,12 +253,17 @@ def _logits(
 def _cross_entropy(
     logits: Float[np.ndarray, "*batch n m"], classes: Float[np.ndarray, "n m"]
 ) -> Float[np.ndarray, "*batch n"]:
-    return np.asarray(_log_sum(logits) - np.einsum("...k,...k->...", logits, classes))
+    top, _, total = _exponentials(logits)
+    return np.asarray(top + np.log(total) - np.einsum("...k,...k->...", logits, classes))
 
 
-def _log_sum(logits: Float[np.ndarray, "*batch m"]) -> Float[np.ndarray, "*batch"]:
-    """Of exponentials; class by class, which is faster than a reduction along a short last axis."""
-    return reduce(np.logaddexp, np.moveaxis(logits, -1, 0))
+def _exponentials(
+    logits: Float[np.ndarray, "*batch m"],
+) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch m"], Float[np.ndarray, "*batch"]]:
+    """The largest logit, exponentials of all less that, and their sum; class by class, faster than along a short last axis."""
+    top = reduce(np.maximum, np.moveaxis(logits, -1, 0))
+    powers = np.exp(logits - top[..., None])
+    return top, powers, reduce(np.add, np.moveaxis(powers, -1, 0))
 
 
 def _fit_platt(
@@ -280,7 +285,8 @@ def _fit_platt(
     prior = np.diag([1.0, *[1e-6] * m])
     for _ in range(steps):
         logits = _logits(scores, theta[..., 0], theta[..., 1:], allowed)
-        p = np.exp(logits - _log_sum(logits)[..., None])
+        _, p, total = _exponentials(logits)
+        p /= total[..., None]
         slack = weight * (p - classes)
         gradient = np.concatenate(
             [factor * np.einsum("...nk,...nk->...", slack, scores)[..., None], slack.sum(-2)], -1

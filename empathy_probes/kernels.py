@@ -101,6 +101,18 @@ def u_statistic(kernel: Float[np.ndarray, "... n n"]) -> UStatistic:
     return UStatistic(value[0, ...], influence[0], variance)
 
 
+def mean_squares(
+    kernels: Float[np.ndarray, "kernel *batch n n"],
+) -> Float[np.ndarray, "kernel kernel *batch"]:
+    """Products of the means that symmetric kernels have over all units there are: those of their U, less the covariance of these.
+
+    Unbiased, and so negative at times.
+    """
+    n = kernels.shape[-1]
+    value, _, zeta1, zeta2 = _hoeffding(_without_diagonal(kernels))
+    return np.einsum("i...,j...->ij...", value, value) - 4 * zeta1 / n - 2 * zeta2 / (n * (n - 1))
+
+
 def mean_product(
     one: Float[np.ndarray, "*batch unit d"], other: Float[np.ndarray, "*batch unit d"]
 ) -> Float[np.ndarray, "*batch"]:

@@ -283,7 +283,7 @@ def hoeffding_components(
     products += np.einsum("i...,j...->ij...", total, total) / ((n - 1) * (n - 2))
     zeta2 = products / (n * (n - 3))
     spread = np.einsum("i...s,j...s->ij...", influence, influence) / (n - 1)
-    return value, influence, spread - zeta2 * (n - 1) / (n - 2) ** 2, zeta2
+    return value, influence, spread - zeta2 / (n - 2), zeta2
 
 
 # ---------------------------------------------------------------- AUROC

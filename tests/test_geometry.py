@@ -14,8 +14,9 @@ from empathy_probes.geometry import (
     transfer,
     whitened_kernels,
     whitened_strengths,
+    whitening_covariance,
 )
-from empathy_probes.kernels import cross_kernels, strength_kernels, u_statistic
+from empathy_probes.kernels import cross_kernels, mean_squares, strength_kernels, u_statistic
 from empathy_probes.stats import auroc, grouped_folds
 
 WIDTH = 12
@@ -126,14 +127,38 @@ def test_the_error_of_a_map_is_the_same_in_its_span() -> None:
     """With fewer neutral texts than dimensions: the maps written out."""
     rng = np.random.default_rng(9)
     x, y = rng.standard_normal((2, 9, 1, WIDTH))
-    base, aligned = rng.standard_normal((2, 30, 1, WIDTH))
-    values = []
+    base, aligned = 1 + rng.standard_normal((2, 30, 1, WIDTH))
+    kernels = []
     for g in range(10):
         kept = np.arange(9) % 10 != g
         turned = fit_map(x[kept], y[kept]).turn(base)[:, 0]
-        values.append(u_statistic((turned @ aligned[:, 0].T)[None]).value[0])
-    variance = 0.9 * ((np.array(values) - np.mean(values)) ** 2).sum()
+        crossed = turned @ aligned[:, 0].T
+        kernels.append((crossed + crossed.T) / 2)
+    moved = np.array(kernels) - np.mean(kernels, axis=0)
+    variance = 0.9 * sum(float(mean_squares(k[None])[0, 0]) for k in moved)
+    assert variance > 0
     np.testing.assert_allclose(map_variance((base[None], aligned[None]), (x, y)), variance, rtol=1e-9)
+
+
+def test_neutral_texts_and_scenarios_together_are_not_counted_twice() -> None:
+    """The error of U over fresh scenarios and texts; where no contrast is, no whitening moves it but by chance."""
+    rng = np.random.default_rng(4)
+    sd = 1 / np.sqrt(np.arange(1, WIDTH + 1))
+    values, own, once, twice = [], [], [], []
+    for _ in range(300):
+        d = 0.1 * np.ones(WIDTH) + rng.standard_normal((1, 30, 1, WIDTH)) * sd
+        x = rng.standard_normal((60, 1, WIDTH)) * sd
+        kernel = whitened_kernels(d[0], x)
+        u = u_statistic(kernel)
+        values.append(u.value[0])
+        own.append(u.variance[0])
+        once.append(whitening_covariance((d, d), (x, x))[0, 0, 0])
+        groups = np.arange(60) % 10
+        moved = [whitened_strengths(d[0], x[groups != g])[0] for g in range(10)]
+        twice.append(8.1 * np.var(moved, ddof=1))
+    spread = np.var(values)
+    assert abs(np.mean(own) + np.mean(once) - spread) < 0.25 * spread
+    assert np.mean(once) < 0.75 * np.mean(twice)
 
 
 def test_the_map_finds_a_rotation_and_knows_its_error() -> None:

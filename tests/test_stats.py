@@ -1,6 +1,6 @@
 """Laws of the numbers: U-statistics, ratios, draws, folds, AUROC."""
 
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from empathy_probes.kernels import (
     deviation,
     fieller,
     log_ratio,
+    mean_squares,
     middle_theta,
     pair_kernels,
     pair_strengths,
@@ -62,12 +63,22 @@ def test_u_statistic_is_the_formula_written_out():
     g = (r / (n - 1) - m) * (n - 1) / (n - 2)
     centred = (k - (r[:, None] + r) / (n - 2) + k.sum() / ((n - 1) * (n - 2))) * (1 - np.eye(n))
     zeta2 = (centred**2).sum() / (n * (n - 3))
-    zeta1 = max(g.var(ddof=1) - zeta2 * (n - 1) / (n - 2) ** 2, 0)
+    zeta1 = max(g.var(ddof=1) - zeta2 / (n - 2), 0)
     u = u_statistic(kernel)
     # The closed form of the centred sum cancels to about 1e-14 of the sum of squares.
     np.testing.assert_allclose(u.value, m, rtol=1e-12)
     np.testing.assert_allclose(u.influence, g, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(u.variance, 4 * zeta1 / n + 2 * zeta2 / (n * (n - 1)), rtol=1e-9)
+
+
+def test_the_product_of_true_means_is_that_over_four_different_units() -> None:
+    """The only unbiased one that does not depend on their order; so the variance taken off U squared is unbiased too."""
+    x = np.random.default_rng(0).standard_normal((2, 7, 7))
+    x += np.swapaxes(x, 1, 2)
+    found = mean_squares(x)
+    for i, j in product(range(2), repeat=2):
+        brute = np.mean([x[i, a, b] * x[j, c, d] for a, b, c, d in permutations(range(7), 4)])
+        np.testing.assert_allclose(found[i, j], brute, rtol=1e-10)
 
 
 def test_u_statistic_ignores_the_diagonal():

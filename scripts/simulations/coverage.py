@@ -25,7 +25,15 @@ from empathy_probes.alignment import fit_map
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.controls import build_reference, gap_to
 from empathy_probes.decisions import POWER, Judgement, judge
-from empathy_probes.geometry import cosine_from_kernels, delete_one_cosine, map_variance
+from empathy_probes.geometry import (
+    GROUPS,
+    cosine_from_kernels,
+    delete_one_cosine,
+    map_variance,
+    whitened_kernels,
+    whitened_strengths,
+    whitening_covariance,
+)
 from empathy_probes.kernels import (
     SECOND_ORDER,
     KernelPair,
@@ -39,6 +47,7 @@ from empathy_probes.kernels import (
     strength_difference,
     strength_interval,
     strength_kernels,
+    u_statistic,
 )
 from empathy_probes.stats import (
     auroc_difference,
@@ -350,6 +359,47 @@ def mapped_cell(
         yield share("mapped", cell, name, ((lower <= truth) & (truth <= upper))[shown, i])
         width = np.median((upper - lower)[shown, i]) / 2
         yield Cell("mapped", cell, f"{name}_half_width", 0, int(shown.sum()), float(width))
+
+
+def whitened_cell(
+    rng: np.random.Generator, replicates: int, n: int, texts: int, keep: float
+) -> Iterator[Cell]:
+    """Coverage of d' and its attenuation: neutral texts in the error once, as jackknife of the U themselves, not at all."""
+    keys, found, squares = [str(i) for i in range(n)], [], []
+    mu, r, group = signal(rng, 1), MODEL_CORRELATION, np.arange(texts) % GROUPS
+
+    def draw(many: int, trace: float) -> tuple[np.ndarray, np.ndarray]:
+        common, fresh = (noise(rng, (many, 1, DIMENSIONS), trace, False) for _ in range(2))
+        return common, r * common + np.sqrt(1 - r**2) * fresh
+
+    for first in range(0, replicates, 50):
+        kernels, once, twice = [], [], []
+        for _ in range(min(50, replicates - first)):
+            differences = tuple(
+                (part * mu + x)[None] for part, x in zip((1, keep), draw(n, 8.0), strict=True)
+            )
+            neutral = draw(texts, 4.0)
+            both = [(d[0], x) for d, x in zip(differences, neutral, strict=True)]
+            kernels.append([whitened_kernels(d, x)[0] for d, x in both])
+            once.append(whitening_covariance(differences, neutral)[..., 0])
+            moved = [[whitened_strengths(d, x[group != g])[0] for d, x in both] for g in range(GROUPS)]
+            twice.append((GROUPS - 1) ** 2 / GROUPS * np.cov(np.array(moved).T))
+        pair, curves = np.moveaxis(np.array(kernels), 0, 1), []
+        for extra in (once, twice, np.zeros_like(once)):
+            c = compare("t", keys, pair, range(len(once)), extra=np.moveaxis(np.array(extra), 0, -1))
+            curves.append([[x.lower, x.upper] for x in (c.base, c.attenuation)])
+        found.append(curves)
+        squares.append(u_statistic(pair).value)
+    base, aligned = np.sqrt(np.concatenate(squares, -1).mean(-1))
+    ends = np.concatenate(found, -1)
+    cell = f"n={n},texts={texts},keep={keep}"
+    for k, (measure, truth) in enumerate({"d_prime": base, "attenuation": 1 - aligned / base}.items()):
+        yield Cell("whitened", cell, f"{measure}_truth", 0, replicates, float(truth))
+        for i, name in enumerate(("package", "counted_twice", "taken_as_known")):
+            lower, upper = ends[i, k]
+            yield share("whitened", cell, f"{measure}_{name}", ~((lower > truth) | (upper < truth)))
+            width = np.nanmedian(upper - lower) / 2
+            yield Cell("whitened", cell, f"{measure}_{name}_half_width", 0, replicates, float(width))
 
 
 RATIO_GRID = [
@@ -693,6 +743,12 @@ def tables(replicates: int, quick: bool) -> dict[str, list[Callable[[np.random.G
                 [(40, 80, 0.9)] if quick else product((40, 100, 300), (80, 320), (1.0, 0.9, 0.5))
             )
         ],
+        "whitened": [
+            partial(whitened_cell, replicates=replicates, n=n, texts=texts, keep=keep)
+            for n, texts, keep in (
+                [(40, 80, 0.5)] if quick else product((40, 100, 300), (80, 320), (1.0, 0.5, 0.25))
+            )
+        ],
     }
 
 
@@ -708,7 +764,7 @@ def main() -> int:
     parser.add_argument(
         "--tables",
         nargs="+",
-        choices=["ratio", "auroc", "band", "specific", "power", "point", "cosine", "together", "mapped"],
+        choices=list(tables(1, quick=True)),
         help="only these",
     )
     options = parser.parse_args()
