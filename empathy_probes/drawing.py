@@ -27,6 +27,8 @@ from matplotlib.transforms import ScaledTranslation
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#6B7280"
 DASHES = {"solid": "-", "dash": "--", "dot": ":"}
+# Letters of a name along an axis that still stands upright.
+LONG = 6
 SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "empathy_probes", "svg.fonttype": "none", "text.parse_math": False, "font.size": 11,
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Arial"], "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
@@ -287,7 +289,10 @@ def plotly_sheet(sheet: Sheet) -> Any:
     figure.update_xaxes(
         tickvals=ticks, ticktext=[escape(n) for n in names], showgrid=False, zeroline=False, showline=True
     )
-    figure.update_xaxes(title_text=sheet.axis, row=len(heights), col=1)
+    if max(map(len, sheet.names), default=0) > LONG:  # they say themselves what they are, and need the room
+        figure.update_xaxes(tickangle=-45, automargin=True)
+    else:
+        figure.update_xaxes(title_text=sheet.axis, row=len(heights), col=1)
     figure.update_xaxes(range=_ends(sheet))
     figure.update_yaxes(gridcolor="#e5e7eb", zeroline=False, showline=True)
     figure.update_layout(

@@ -361,6 +361,22 @@ def mapped_cell(
         yield Cell("mapped", cell, f"{name}_half_width", 0, int(shown.sum()), float(width))
 
 
+def variance_cell(rng: np.random.Generator, replicates: int, n: int, trace: float) -> Iterator[Cell]:
+    """Mean of the variance that is estimated for U, over its variance; `before`: ζ₁ = var(g) − ζ₂ (n − 1)/(n − 2)²."""
+    mu = signal(rng, 1)[0] if np.isfinite(trace) else np.zeros((1, DIMENSIONS))
+    size = trace if np.isfinite(trace) else 1.0
+    values, found = [], []
+    for _ in range(0, replicates, 500):
+        pair = pair_kernels(*[gram(mu + noise(rng, (500, n, DIMENSIONS), size, False))] * 2)
+        zeta1, zeta2 = pair.zeta1[0, 0], pair.zeta2[0, 0]
+        before = zeta1 + zeta2 / (n - 2) - zeta2 * (n - 1) / (n - 2) ** 2
+        values.append(pair.u[0])
+        found.append([4 * first / n + 2 * zeta2 / (n * (n - 1)) for first in (zeta1, before)])
+    true = np.concatenate(values).var()
+    for name, estimates in zip(("now", "before"), np.concatenate(found, -1), strict=True):
+        yield Cell("variance", f"n={n},trace={trace}", name, 0, replicates, float(estimates.mean() / true))
+
+
 def whitened_cell(
     rng: np.random.Generator, replicates: int, n: int, texts: int, keep: float
 ) -> Iterator[Cell]:
@@ -742,6 +758,10 @@ def tables(replicates: int, quick: bool) -> dict[str, list[Callable[[np.random.G
             for n, texts, cosine in (
                 [(40, 80, 0.9)] if quick else product((40, 100, 300), (80, 320), (1.0, 0.9, 0.5))
             )
+        ],
+        "variance": [
+            partial(variance_cell, replicates=20 * replicates, n=n, trace=trace)
+            for n, trace in ([(20, np.inf)] if quick else product((10, 20, 40, 100), (2.0, 8.0, np.inf)))
         ],
         "whitened": [
             partial(whitened_cell, replicates=replicates, n=n, texts=texts, keep=keep)
