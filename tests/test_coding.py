@@ -249,7 +249,9 @@ def test_a_study_of_grades_and_categories_on_a_pair_that_lost_valence(tmp_path: 
         for name in ("emotion", "degree")
     ]
     pair = load_phantom("planted-valence")
-    finding = measure_attenuation(pair, concepts, template="raw", draws=199, store=str(tmp_path / "store"))
+    finding = measure_attenuation(
+        pair, concepts, template="raw", layers=(2, 3), draws=199, store=str(tmp_path / "store")
+    )
     frame = finding.to_frame()
     planted = frame[(frame.layer == 3)].set_index(["concept", "measure"])
     emotion, degree = planted.loc["emotion"], planted.loc["degree"]
