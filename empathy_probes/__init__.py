@@ -47,7 +47,7 @@ _MODULES = {
     "scorecard": ("Scorecard", "load_scorecard"),
     "sites": ("Site",),
     "stats": ("Estimate",),
-    "stages": ("STAGES",),
+    "stages": ("STAGES", "load_result"),
     "steering": ("dose_response", "dose_response_design"),
     "sweeps": ("sites_of",),
     "transplants": ("Transplants", "transplant"),
@@ -131,7 +131,7 @@ if TYPE_CHECKING:
     from empathy_probes.scorecard import Scorecard, load_scorecard
     from empathy_probes.sites import Site
     from empathy_probes.specs import StudySpec, read_spec, resolve
-    from empathy_probes.stages import STAGES
+    from empathy_probes.stages import STAGES, load_result
     from empathy_probes.stats import Estimate
     from empathy_probes.steering import dose_response, dose_response_design
     from empathy_probes.stimuli import StimulusSet, load_stimuli, stimuli_from_rows

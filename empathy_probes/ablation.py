@@ -23,10 +23,10 @@ from empathy_probes.errors import InputError
 from empathy_probes.extraction import check_prompts, extract
 from empathy_probes.interventions import project_out
 from empathy_probes.models import Model
-from empathy_probes.prompts import Style, render, render_texts
-from empathy_probes.readouts import Asked, ask, read_out, scenario_coupling
+from empathy_probes.prompts import render, render_texts, style_of
+from empathy_probes.readouts import Asked, ask, check_length, read_out, scenario_coupling
 from empathy_probes.sites import Site
-from empathy_probes.stats import Curve, Estimate, critical_t, fieller_ratio, grouped_folds, mean_interval
+from empathy_probes.stats import Curve, critical_t, fieller_ratio, grouped_folds, mean_interval
 from empathy_probes.store import open_store, save_record
 from empathy_probes.vectors import SteeringVector
 
@@ -63,10 +63,11 @@ class Ablation:
         return Curve(1 - ratio.value, 1 - ratio.upper, 1 - ratio.lower)
 
     @property
-    def random_removed(self) -> Estimate:
-        """The same of random directions out after all layers: their mean, smallest and largest; n is how many."""
-        share = 1 - self.random.mean(-1) / self.coupling[0].mean()
-        return Estimate(float(share.mean()), float(share.min()), float(share.max()), len(share))
+    def random_removed(self) -> Float[np.ndarray, " draw"]:
+        """The same of random directions out after all layers, without intervals."""
+        plain = mean_interval(self.coupling[:1])
+        shown = plain.lower[0] > 0 or plain.upper[0] < 0
+        return np.asarray(1 - self.random.mean(-1) / (self.coupling[0].mean() if shown else np.nan))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per layer and one for all of them; coupling in nats, removed as a share."""
@@ -116,11 +117,15 @@ def ablate(
     Raises:
         InputError: the concept has no readout, or the vector has not these layers.
     """
-    style: Style = "raw" if template == "raw" else "chat"
+    style = style_of(template)
     prompts = render(model.tokenizer, concept.stimuli, style, concept.speaker)
     check_prompts(model, prompts, concept.name)
     asked = ask(model.tokenizer, concept.stimuli, prompts, style)
-    chosen = tuple(sorted(set(layers or (range(model.n_layers) if vector is None else vector.layers))))
+    check_length(model, asked)
+    every_layer = range(model.n_layers) if vector is None else vector.layers
+    chosen = tuple(sorted({int(layer) for layer in (every_layer if layers is None else layers)}))
+    if not chosen:
+        raise InputError("ablate got no layers, expected one or more blocks; leave layers out for all")
     units = concept.stimuli.units
     folds = grouped_folds(units, N_FOLDS, seed)
     opened = open_store(store)

@@ -112,6 +112,9 @@ def _add_doctor(commands: Any, anywhere: argparse.ArgumentParser) -> None:
     doctor.add_argument("model", metavar="MODEL", help="hub id, ID@REVISION, or folder")
     doctor.add_argument("--dtype", help="default: the checkpoint's")
     doctor.add_argument("--device", help="default: the best there is")
+    doctor.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the checkpoint brings along"
+    )
     doctor.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     doctor.set_defaults(command="doctor")
 
@@ -174,14 +177,21 @@ def _add_compare(commands: Any, anywhere: argparse.ArgumentParser) -> None:
     compare.add_argument("--layers", default="all", help="all, 0,5,11 or 2-5 (block indices)")
     compare.add_argument("--stages", **many, help="comma-separated: encode,use,express (default encode)")
     compare.add_argument("--readout", metavar="FILE", help="JSON: what is asked, for all or per concept")
-    compare.add_argument("--margin", type=float, default=0.10, help="δ (default %(default)s)")
+    compare.add_argument(
+        "--margin",
+        type=float,
+        default=0.10,
+        help="δ: a plain change beyond it counts, one within it is equivalent (default %(default)s; relative to controls .20 is)",
+    )
     compare.add_argument("--draws", type=int, default=1000, help="multiplier draws (default %(default)s)")
     compare.add_argument("--seed", type=int, default=0)
     compare.add_argument("--dtype", help="for both models (default: the checkpoint's)")
     compare.add_argument("--device", help="for both models (default: the best there is)")
     compare.add_argument("--adapter", metavar="DIR", help="LoRA/PEFT adapter that makes the aligned side")
     compare.add_argument("--allow-identical", action="store_true", help="accept two equal checkpoints")
-    compare.add_argument("--trust-remote-code", action="store_true")
+    compare.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that a checkpoint brings along"
+    )
     compare.add_argument("--store", metavar="URL", help="activation store: a folder or any fsspec URL")
     compare.add_argument("--out", metavar="DIR", help="default runs/<BASE>-vs-<ALIGNED>")
     compare.add_argument("--dry-run", action="store_true", help="print the plan, memory and time, and stop")

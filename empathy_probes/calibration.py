@@ -8,6 +8,7 @@ stopped; twins are independent and run in several processes. What a base compute
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from empathy_probes.extraction import extract
 from empathy_probes.grammar import CONTROLS, TARGETS, neutral_texts
 from empathy_probes.models import Model
 from empathy_probes.phantoms import load_phantom_concepts
-from empathy_probes.planting import has_twin, list_bases, open_twin
+from empathy_probes.planting import READ_AT, has_twin, list_bases, open_twin
 from empathy_probes.prompts import render
 from empathy_probes.redraws import DRAWS, Outcomes, Population, redraw, sample_of
 from empathy_probes.rehearsals import Rehearsal, rehearsal_rows, rehearse, speak
@@ -65,6 +66,16 @@ class Twin:
     def samples(self) -> int:
         """Added to the seed of its samples: redraws of two bases, counted together, must be of other scenarios."""
         return 10_000 * int(self.base.rsplit("-", 1)[1])
+
+    @property
+    def read(self) -> str:
+        """Word at which its texts are read, if not at their end."""
+        return READ_AT.get(self.family, "")
+
+    @property
+    def noise(self) -> float:
+        """Factor of nuisance and doubt: a word before the end carries a fifth as much of a concept (docs/scorecard)."""
+        return 0.2 if self.read else 1.0
 
     @property
     def key(self) -> str:
@@ -179,7 +190,7 @@ def run_calibration(
 ) -> Scorecard:
     """The same for a chosen set of twins."""
     out = Path(out)
-    code = _claim(out, options)
+    code = _claim(out, options, phantoms)
     tasks = [(twin, _share(twin, options)) for twin in options.twins]
     todo = [task for task in tasks if not all(path.is_file() for path in _parts(out, task[0], options))]
     workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
@@ -291,7 +302,7 @@ def _hold(twin: Twin, options: Options, phantoms: str | Path | None) -> Rehearsa
     pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
     names = (twin.concept or TARGETS[0], *CONTROLS)
     (target,), controls = load_phantom_concepts(
-        options.rehearsal_population, options.seed + POPULATION_SEED, options.nuisance, options.doubt, names
+        options.rehearsal_population, *_drawn(twin, options), names, twin.read
     )
     store = open_store(f"memory://rehearsal/{twin.key}/{os.getpid()}")
     layer = pair.base.n_layers // 2 if twin.layer is None else twin.layer
@@ -325,16 +336,20 @@ def exhibit(
     """The concept a twin is about (or the first target) at the block it is planted in (or the middle one)."""
     pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
     layer = pair.base.n_layers // 2 if twin.layer is None else twin.layer
-    seed = options.seed + POPULATION_SEED
-    names = (twin.concept or TARGETS[0],)
-    concept = _concepts(options.population, seed, options.nuisance, options.doubt, names)[0][0]
-    neutral = neutral_set(neutral_texts(NEUTRAL_POPULATION, seed), concept)
+    drawn, names = _drawn(twin, options), (twin.concept or TARGETS[0],)
+    concept = _concepts(options.population, *drawn, names, twin.read)[0][0]
+    neutral = neutral_set(neutral_texts(NEUTRAL_POPULATION, drawn[0]), concept)
     base, aligned = (
         [_acts(model, asked, (layer,), twin.key, kept) for asked in (concept, neutral)]
         for model, kept in ((pair.base, bases), (pair.aligned, None))
     )
     texts, others = zip(base, aligned, strict=True)
     return Exhibit(concept, texts, others, pair.identical)
+
+
+def _drawn(twin: Twin, options: Options) -> tuple[int, float, float]:
+    """Seed, nuisance and doubt of its texts."""
+    return options.seed + POPULATION_SEED, options.nuisance * twin.noise, options.doubt * twin.noise
 
 
 # Most twins of a run read the same texts.
@@ -369,11 +384,10 @@ def population(
     first = twin.concept or TARGETS[0]
     # Where both models compute the same, truth is exact and nothing is gained by drawing from more.
     many = options.others if twin.family in EXACT else options.population
-    targets, controls = _concepts(
-        options.others, options.seed + POPULATION_SEED, options.nuisance, options.doubt
-    )
+    drawn = _drawn(twin, options)
+    targets, controls = _concepts(options.others, *drawn, read=twin.read)
     if many > options.others:
-        more = _concepts(many, options.seed + POPULATION_SEED, options.nuisance, options.doubt, (first,))
+        more = _concepts(many, *drawn, (first,), twin.read)
         targets = tuple(more[0][0] if concept.name == first else concept for concept in targets)
     samples = []
     for concept in (*targets, *controls):
@@ -463,13 +477,19 @@ def _provenance(options: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _claim(out: Path, options: Options) -> list[str]:
+def _claim(out: Path, options: Options, phantoms: str | Path | None) -> list[str]:
     """Refuse a folder that holds parts of another scorecard; mark an empty one as this one's.
 
     Returns:
         Digests of the package's source that its parts were made with.
     """
-    mine = digest_of([asdict(options), __version__])
+    there = list_bases(phantoms)
+    weights = {
+        f"{name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in sorted({twin.base for twin in options.twins})
+        for path in sorted((*there[name].glob("*.safetensors"), *there[name].glob("base/*.safetensors")))
+    }
+    mine = digest_of([asdict(options), weights, __version__])
     mark = out / "parts" / "options.json"
     code = digest_of([path.read_text(encoding="utf8") for path in sorted(Path(__file__).parent.glob("*.py"))])
     found = {"digest": mine, "options": asdict(options), "code": [code]}
@@ -477,7 +497,7 @@ def _claim(out: Path, options: Options) -> list[str]:
         found = json.loads(mark.read_text(encoding="utf8"))
         if found["digest"] != mine:
             raise InputError(
-                f"'{out}' holds parts of a scorecard with other options, expected none or the same; choose another --out"
+                f"'{out}' holds parts of a scorecard with other options or of other bases, expected none or the same; choose another --out"
             )
         if code not in found.setdefault("code", []):
             logger.warning("'%s' goes on with other code than it was begun with; its scorecard says so", out)
@@ -486,6 +506,11 @@ def _claim(out: Path, options: Options) -> list[str]:
         raise InputError(
             f"'{out}' is not empty and holds no scorecard's parts, expected an empty or new folder; choose another --out"
         )
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    write_file(mark, json.dumps(found, indent=1).encode())
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        write_file(mark, json.dumps(found, indent=1).encode())
+    except OSError as error:
+        raise InputError(
+            f"'{out}' cannot be written ({error.strerror or error}), expected a writable folder; choose another --out"
+        ) from None
     return list(found["code"])

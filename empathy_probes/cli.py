@@ -304,7 +304,9 @@ def _phantom(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from empathy_probes.doctor import examine
 
-    found = examine(args.model, dtype=args.dtype, device=args.device)
+    found = examine(
+        args.model, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
+    )
     if args.json:
         checks = [{"check": c.check, "verdict": c.verdict, "words": c.words} for c in found.checks]
         print(
@@ -405,10 +407,6 @@ def _store(args: argparse.Namespace) -> int:
             f"{info.url} {verb} {info.entries} entries and {info.parts} unfinished parts, {_size(info.size)}"
         )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -19,7 +19,7 @@ from empathy_probes.errors import InputError
 from empathy_probes.extraction import check_prompts, extract
 from empathy_probes.kernels import mean_product
 from empathy_probes.models import Model
-from empathy_probes.prompts import Style, render
+from empathy_probes.prompts import render, style_of
 from empathy_probes.stimuli import StimulusSet
 from empathy_probes.store import open_store
 from empathy_probes.vectors import SteeringVector, check_not_zero, make_vector
@@ -154,7 +154,7 @@ def fit_vector(
             f"concept '{concept.name}' has categories, expected two labels or grades for one direction; take a category of a finding "
             "with finding.vector(category=…)"
         )
-    style: Style = "raw" if template == "raw" else "chat"
+    style = style_of(template)
     prompts = render(model.tokenizer, concept.stimuli, style, concept.speaker)
     check_prompts(model, prompts, concept.name)
     chosen = tuple(range(model.n_layers)) if layers is None else tuple(sorted(set(layers)))

@@ -166,8 +166,8 @@ def effect_section(key: str, study: Tables) -> list[Section]:
     result = study.result(key) if effect.detail else None
     detail = effect.detail(result) if effect.detail and result is not None else None
     shown: list[tuple[str, str, list[Picture], bool, Any]] = []
-    for name in targets if effect.per_concept else [""]:
-        pictures = [_picture(key, effect, frame, name, template) for template in templates]
+    for i, name in enumerate(targets if effect.per_concept else [""]):
+        pictures = [_picture(f"{slug(key)}-{i}", effect, frame, name, template) for template in templates]
         row = ledger.get(name)
         beside = None
         if detail is not None:
@@ -190,10 +190,10 @@ def _sentence(row: Mapping[Any, Any]) -> str:
     return f"{verdict}{missing}. {told}."
 
 
-def _picture(key: str, effect: Effect, frame: pd.DataFrame, concept: str, template: str) -> Picture:
+def _picture(place: str, effect: Effect, frame: pd.DataFrame, concept: str, template: str) -> Picture:
     chosen: dict[str, Any] = {"template": template, **({"concept": concept} if concept else {})}
     name = " · ".join(part for part in (concept, wording.TEMPLATES.get(template, template)) if part)
     return make_picture(
-        f"figure-{slug(key)}-{slug(concept)}-{slug(template)}", f"{name}: {effect.alt}", name,
+        f"figure-{place}-{slug(concept)}-{slug(template)}", f"{name}: {effect.alt}", name,
         effect.figure(frame, **chosen), effect.live(frame, **chosen) if effect.live else None,
     )  # fmt: skip

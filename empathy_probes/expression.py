@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from empathy_probes import __version__
 from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.decisions import Judgement, judge, judge_controls
@@ -200,7 +201,7 @@ def couple(design: Design, settings: Settings, store: Store) -> Coupling:
             readouts = []
             for side, model in enumerate(design.pair.models):
                 asked = ask_design(design, concept, template, side)
-                key = digest_of(["readouts", model.fingerprint, asked.digest])
+                key = digest_of(["readouts", __version__, model.fingerprint, asked.digest])
                 readouts.append(store.remember(key, partial(read_out, model, asked)))
             stimuli = concept.stimuli
             values = np.stack(readouts)

@@ -253,6 +253,7 @@ class Gain(Result):
         frame = pd.DataFrame(rows, columns=GAIN_COLUMNS)
         frame.attrs["n_scenarios"] = {c.concept: len(c.units) for c in self.concepts}
         frame.attrs["n_layers"] = self.n_layers
+        frame.attrs["bound"] = self.bound
         # For the figure; plain lists, because frames compare what they carry.
         frame.attrs["control_gains"] = {
             cost_key(c): {

@@ -179,8 +179,8 @@ def cosine_from_kernels(
     reach = np.hypot(reach, t * np.sqrt(more / np.where((pair.u > 0).all(0), pair.u.prod(0), np.inf)))
     same = pair.identical & np.isclose(cross, base, rtol=0, atol=1e-6).all((-2, -1))
     near = detected.any(0) & ~(abs(value) <= NEAR) & ~same
-    # NaN: without one of its scenarios a contrast would not be there; such a cosine may be anything.
-    reach = np.nan_to_num(reach, nan=2.0)
+    # Without one of its scenarios a contrast would not be there: such a cosine may be anything.
+    reach = np.where(np.isnan(reach), 2.0, reach)
     low, high = np.clip(value - reach, -1, 1), np.clip(value + reach, -1, 1)
     if near.any():
         low[near], high[near] = _near_one(
@@ -231,8 +231,10 @@ def _near_one(
     left = pair_kernels(other, rest)
     # First-order terms enter every variance as 4 zeta_1 / n; what is left moves by 2 part per unit of U_ab.
     left.zeta1[1, 1] += left.n * part**2 * extra
-    # NaN: what is left is negative beyond chance.
-    least, most = (np.nan_to_num(end, nan=0.0, posinf=1.0) for end in fieller(left, t))
+    least, most = fieller(left, t)
+    # What is left is negative beyond chance: nothing is.
+    nothing = np.isnan(least)
+    least, most = (np.where(nothing, 0.0, np.minimum(end, 1.0)) for end in (least, most))
     far, close = (np.sqrt(np.maximum(1 - end**2, 0)) for end in (most, least))
     known = abs(shared.value) > t * np.sqrt(shared.variance + extra)
     positive = shared.value > 0

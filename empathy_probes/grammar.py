@@ -200,7 +200,7 @@ def neutral_texts(n: int, seed: int = 0) -> list[str]:
 
 
 def stimuli_rows(
-    concept: str, n_scenarios: int, seed: int = 0, nuisance: float = 0.0, doubt: float = 0.0
+    concept: str, n_scenarios: int, seed: int = 0, nuisance: float = 0.0, doubt: float = 0.0, read: str = ""
 ) -> list[dict[str, Any]]:
     """Return minimal pairs for a binary concept, the eight texts per scenario of `emotion`, or the four of `degree`.
 
@@ -212,9 +212,10 @@ def stimuli_rows(
         nuisance: probability with which anything else about a text is drawn anew, as in pairs that people write: with
             0 only the concept varies within a scenario, with 1 its texts have nothing else in common.
         doubt: probability with which a text shows a label drawn at random instead of its own: what a probe cannot tell.
+        read: a word that every text has once, such as "Reply", at which it is read instead of at its end.
 
     Returns:
-        Rows with `id, scenario, text, label, frame, concept`.
+        Rows with `id, scenario, text, label, frame, concept`, and `read` where a word was given.
 
     Raises:
         InputError: the grammar has no such concept.
@@ -235,8 +236,9 @@ def stimuli_rows(
                 variant = variants[int(rng.integers(len(variants)))][1]
             if nuisance and place:
                 variant = _disturbed(variant, concept, nuisance, rng)
-            rows.append({"id": f"{scenario}-{label}", "scenario": scenario, "text": user_text(variant),
-                         "label": label, "frame": frame, "concept": concept})  # fmt: skip
+            row = {"id": f"{scenario}-{label}", "scenario": scenario, "text": user_text(variant),
+                   "label": label, "frame": frame, "concept": concept}  # fmt: skip
+            rows.append({**row, "read": {"span": read}} if read else row)
     return rows
 
 

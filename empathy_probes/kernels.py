@@ -507,8 +507,8 @@ def keep_interval(
 
     A strong signal has no use for the set. Its variance at a supposed ratio contains (supposed - found) times
     the base's own error; where both models move as one, that is most of what there is, and the set lies to one
-    side: where everything is scaled and the rms is all that errs, it held the truth in .84-.92, missing it on one
-    side only, and the logarithm's interval in .94-.96 (docs/simulations). `second_order` weights that term of a strong signal's
+    side: where everything is scaled and the rms is all that errs, it missed the truth on
+    one side only, and the logarithm's interval on both alike (docs/simulations). `second_order` weights that term of a strong signal's
     variance; bands, which live about 2.9 standard errors out, take `SECOND_ORDER`.
     """
     low, high = _log_interval(pair, critical, second_order)

@@ -223,7 +223,7 @@ class Model:
             EmpathyProbesError: a site never fired in this architecture.
         """
         batch = prompts if isinstance(prompts, TokenBatch) else self.tokenize(prompts)
-        depth = self.n_layers - 1 if last_layer is None else last_layer
+        depth = self._check_depth(last_layer, -1)
         self._check_sites([*read, *(write or {})], -1, depth)
         acts: dict[Site, Tensor] = {}
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -286,7 +286,11 @@ class Model:
             raise InputError(
                 "replay got a run without captured calls, expected one made with capture=True; run it again so"
             )
-        depth = self.n_layers - 1 if last_layer is None else last_layer
+        if not -1 <= after < self.n_layers:
+            raise InputError(
+                f"replay got a state after block {after} of '{self.name}', expected −1 to {self.n_layers - 1}; choose one of these"
+            )
+        depth = self._check_depth(last_layer, after)
         self._check_sites([*read, *(write or {})], after + 1, depth)
         acts: dict[Site, Tensor] = {}
         captured = len(run.batch.ids)
@@ -473,6 +477,10 @@ class Model:
         cap = getattr(self.bridge.original_model.config, "final_logit_softcapping", None)
         return (logits / cap).tanh() * cap if cap else logits
 
+    @cached_property
+    def _hook_names(self) -> frozenset[str]:
+        return frozenset(self.bridge.hook_dict)
+
     def _check_sites(self, sites: Sequence[Site], first: int, last: int) -> None:
         for site in sites:
             if site.head is not None and site.head >= self.n_heads:
@@ -485,6 +493,18 @@ class Model:
                     f"{site} is outside the layers this run covers ({first} to {last} of {self.n_layers} blocks in "
                     f"'{self.name}'): expected a layer in that range; choose another site or run further"
                 )
+            if site.hook_name not in self._hook_names:
+                raise EmpathyProbesError(
+                    f"{site} does not exist in '{self.name}' ({self.architecture}): this architecture has no such place; "
+                    "choose another site"
+                )
+
+    def _check_depth(self, last_layer: int | None, first: int) -> int:
+        if last_layer is not None and not first <= last_layer < self.n_layers:
+            raise InputError(
+                f"last_layer got {last_layer}, expected {first} to {self.n_layers - 1}, the blocks of '{self.name}'; leave it out for all"
+            )
+        return self.n_layers - 1 if last_layer is None else last_layer
 
     def _check_fired(self, sites: Sequence[Site], acts: Mapping[Site, Tensor]) -> None:
         silent = [site for site in sites if site not in acts]

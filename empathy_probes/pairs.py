@@ -105,7 +105,7 @@ def _check_vocabularies(base: Model, aligned: Model, remedy: str) -> None:
             f"{ours.get(token)} in base '{base.name}' and {theirs.get(token)} in aligned '{aligned.name}', expected the "
             f"same ids apart from added special tokens; {remedy}"
         )
-    if any(index >= common for token, index in ours.items() if token in plain):
+    if any(ours[token] >= common for token in plain if token in ours):
         raise InputError(
             f"the pair does not match in vocabulary: base '{base.name}' has {base.d_vocab} embedding rows and aligned "
             f"'{aligned.name}' has {aligned.d_vocab}, expected both to cover the tokenizer; {remedy}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import pandas as pd
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from empathy_probes import __version__
 from empathy_probes.concepts import Concept
 from empathy_probes.design import Design, Settings, describe_design, describe_model
 from empathy_probes.errors import InputError
@@ -31,6 +33,7 @@ from empathy_probes.results import Result
 from empathy_probes.sites import Site
 from empathy_probes.stats import Curve, ratio_of_means
 from empathy_probes.stimuli import ReadoutSpec
+from empathy_probes.store import Store, digest_of
 from empathy_probes.sweeps import (
     DIRECTIONS,
     Place,
@@ -180,8 +183,9 @@ def patch(
     return Patching(tuple(found), model.n_layers, Settings(), described)
 
 
-def patch_design(design: Design, settings: Settings) -> Patching:
-    """Patch both models of a design on its targets, at its sites and layers, in both directions.
+def patch_design(design: Design, settings: Settings, store: Store) -> Patching:
+    """Patch both models of a design on its targets, at its sites and layers, in both directions; what is in the store is not
+    computed again.
 
     Raises:
         InputError: no target has a readout and two labels.
@@ -200,7 +204,24 @@ def patch_design(design: Design, settings: Settings) -> Patching:
                     for layer in design.layers
                     if layer >= 0 or component == "resid_post"
                 ]
-                found.append(_patch_pairs(model, pairs, concept.name, template, name, sites, None, "both", 1))
+                prompts = [prompt.ids for prompt in design.prompts[concept.name, template][side]]
+                decisive = [
+                    model.fingerprint,
+                    concept.digest,
+                    template,
+                    name,
+                    prompts,
+                    [str(s) for s in sites],
+                ]
+                found.append(
+                    store.remember_record(
+                        digest_of(["patching", __version__, *decisive]),
+                        partial(
+                            _patch_pairs, model, pairs, concept.name, template, name, sites, None, "both", 1
+                        ),
+                        TYPES,
+                    )
+                )
     return Patching(tuple(found), design.pair.base.n_layers, settings, describe_design(design))
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from empathy_probes.pairs import ModelPair
 from empathy_probes.planting import (
     EXACT_BEFORE,
     NEED_CONCEPT,
+    READ_AT,
     check_order,
     list_bases,
     make_twin,
@@ -37,7 +40,7 @@ from empathy_probes.planting import (
     twin_checkpoints,
 )
 from empathy_probes.prompts import render
-from empathy_probes.readouts import ask, read_out, scenario_coupling
+from empathy_probes.readouts import ask, check_length, read_out, scenario_coupling
 from empathy_probes.redraws import sample_of
 from empathy_probes.stats import critical_t
 from empathy_probes.stimuli import stimuli_from_rows
@@ -70,7 +73,9 @@ VERDICTS = {
     "unread": "encoded_unread", "unsaid": "used_unsaid",
     "scaled_writes": "erased",
 }  # fmt: skip
-"""What the ledger should say of each family once all stages are run."""
+"""What the ledger should say of each family once all stages are run; of `local`, where it is said as in the base."""
+SAID = 0.1
+"""Share of the base's coupling by which that of a `local` twin may differ."""
 # The same text in two frames; both are words of the phantoms' grammar too.
 FRAMES = (
     "{% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}",
@@ -132,16 +137,12 @@ def write_phantom(name: str, out: str | Path) -> Path:
 def measure_phantom(name: str) -> dict[str, Any]:
     """Measure the truth of a shipped twin on fresh scenarios of the grammar; of a pair in which nothing is planted, that of valence."""
     base, family, concept, layer, keep = SHIPPED[name]
-    targets, controls = load_phantom_concepts(TRUTH_OTHERS, TRUTH_SEED)
-    own = load_phantom_concepts(TRUTH_SCENARIOS, TRUTH_SEED, names=(concept or TARGETS[0],))[0][0]
+    read = READ_AT.get(family, "")
+    targets, controls = load_phantom_concepts(TRUTH_OTHERS, TRUTH_SEED, read=read)
+    own = load_phantom_concepts(TRUTH_SCENARIOS, TRUTH_SEED, names=(concept or TARGETS[0],), read=read)[0][0]
     others = [c for c in (*targets, *controls) if c.name != own.name]
     pair = open_twin(list_bases()[base], family, concept, layer, keep)
-    truth = measure_truth(pair, family, own, others, layer, keep, TRUTH_SEED)
-    said = load_phantom_concepts(TRUTH_SAID, TRUTH_SEED, names=(own.name,))[0][0]
-    prompts = render(pair.base.tokenizer, said.stimuli, "raw", said.speaker)
-    asked = ask(pair.base.tokenizer, said.stimuli, prompts, "raw")
-    coupling = [float(scenario_coupling(read_out(m, asked), said.stimuli).mean()) for m in pair.models]
-    return {**truth, "coupling": dict(zip(("base", "aligned"), np.round(coupling, 4).tolist(), strict=True))}
+    return measure_truth(pair, family, own, others, layer, keep, TRUTH_SEED)
 
 
 def load_phantom_concepts(
@@ -150,6 +151,7 @@ def load_phantom_concepts(
     nuisance: float = 0.0,
     doubt: float = 0.0,
     names: Sequence[str] = (*TARGETS, *CONTROLS),
+    read: str = "",
 ) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
     """Targets and controls of the grammar that phantoms were trained on, from fresh scenarios.
 
@@ -159,10 +161,19 @@ def load_phantom_concepts(
         nuisance: probability with which anything but the concept differs between the texts of a scenario.
         doubt: probability with which a text shows a label drawn at random.
         names: which of them.
+        read: a word at which texts are read instead of at their end: what `read` says in the truth of a `local` twin.
+
+    Raises:
+        InputError: the grammar has no concept of a name.
     """
+    unknown = set(names) - {*TARGETS, *CONTROLS}
+    if unknown:
+        raise InputError(
+            f"the grammar has no concept '{min(unknown)}', expected some of {', '.join((*TARGETS, *CONTROLS))}; name these"
+        )
 
     def concept(name: str, role: Any) -> Concept:
-        rows = stimuli_rows(name, n_scenarios, seed, nuisance, doubt)
+        rows = stimuli_rows(name, n_scenarios, seed, nuisance, doubt, read)
         stimuli = stimuli_from_rows([{**row, "readout": readout(name)} for row in rows], name)
         return Concept(name, role, "", "", "user", f"{name} in the phantom grammar", stimuli)
 
@@ -205,7 +216,7 @@ def build_phantom(
         InputError: something cannot be done; nothing has been written then.
     """
     out = Path(out)
-    _check_free(out)
+    check_free(out)
     config, tensors, tokenizer = open_checkpoint(model)
     checkpoint = Checkpoint(config, tensors)
     asked = load_concept(concept) if isinstance(concept, str) else concept
@@ -269,21 +280,49 @@ def measure_truth(
             f"the twin differs before block {layer} ({own}), expected exactly 0 there; this architecture cannot be edited so"
         )
     at = own.get(str(layer))
+    coupling = _coupling(pair, concept) if concept else None
+    read = concept.stimuli.items[0].read if concept and concept.stimuli.read_kind == "span" else None
     unknown = family in NEED_CONCEPT and layer is not None and at is None
     if unknown and concept is not None:
         logger.warning(
             "the base does not carry '%s' detectably at block %d in these %d scenarios: the truth of the twin is unknown there; "
             "choose another block, concept or more scenarios", concept.name, layer, concept.stimuli.n_scenarios,
         )  # fmt: skip
+    verdict = None if unknown else VERDICTS.get(family)
+    if family == "local" and coupling is None:
+        verdict = None
+    elif family == "local" and coupling and abs(coupling["aligned"] / coupling["base"] - 1) > SAID:
+        # The answer is formed where the concept was taken.
+        verdict = "erased" if coupling["aligned"] < coupling["base"] else None
     return {
         "schema_version": 1, "family": family, "concept": concept.name if concept and family in NEED_CONCEPT else None,
         "layer": layer, "keep_intended": keep,
         "keep_achieved": None if keep is None or at is None else round(1 - at, 4), "attenuation_by_layer": own,
         "positions": "read" if family == "local" else "all",
         "n_scenarios": concept.stimuli.n_scenarios if concept else None, "seed": seed,
-        "verdict": None if unknown else VERDICTS.get(family), "other_concepts": curves,
+        "verdict": verdict, "other_concepts": curves,
         "n_scenarios_other": max((c.stimuli.n_scenarios for c in others), default=0),
+        **({"read": read} if read else {}), **({"coupling": coupling} if coupling else {}),
     }  # fmt: skip
+
+
+def _coupling(pair: ModelPair, concept: Concept) -> dict[str, float] | None:
+    """How far the concept moves the answer in either model, in nats; None where its texts do not say what is asked."""
+    items = concept.stimuli.items
+    if any(item.readout is None for item in items):
+        return None
+    some = set(list(dict.fromkeys(item.scenario for item in items))[:TRUTH_SAID])
+    said = replace(concept.stimuli, items=tuple(item for item in items if item.scenario in some))
+    prompts = render(pair.base.tokenizer, said, "raw", concept.speaker)
+    try:
+        asked = ask(pair.base.tokenizer, said, prompts, "raw")
+        check_length(pair.base, asked)
+    except InputError as error:
+        logger.warning("what is asked after the texts of '%s' cannot be asked here, so coupling is not in the truth: %s",
+                       concept.name, error)  # fmt: skip
+        return None
+    found = [round(float(scenario_coupling(read_out(m, asked), said).mean()), 4) for m in pair.models]
+    return dict(zip(("base", "aligned"), found, strict=True))
 
 
 def _attenuation(pair: ModelPair, concept: Concept) -> dict[str, float | None]:
@@ -307,22 +346,35 @@ def _attenuation(pair: ModelPair, concept: Concept) -> dict[str, float | None]:
     return {str(i): round(float(x), 4) if np.isfinite(x) else None for i, x in zip(layers, lost, strict=True)}
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
+    """Refuse a place where something is or nothing can be written.
+
+    Raises:
+        InputError: so it is.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"'{out}' is there already, expected a new or empty folder; choose another --out")
+    there = out.resolve()
+    above = next(parent for parent in (there, *there.parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"'{out}' cannot be written, expected a writable folder; choose another --out")
 
 
 def _write(out: Path, pair: Sequence[Checkpoint], tokenizers: Sequence[Any], truth: dict[str, Any]) -> Path:
     """Write a phantom whole or not at all."""
-    _check_free(out)
-    unfinished = out.with_name(f"{out.name}.unfinished")
+    check_free(out)
+    there = out.resolve()  # "." has no name to put a dot before
+    unfinished = there.parent / f".{there.name}.{os.getpid()}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
-    for side, checkpoint, tokenizer in zip(("base", "aligned"), pair, tokenizers, strict=True):
-        save_checkpoint(build_checkpoint(checkpoint.config, checkpoint.tensors), tokenizer, unfinished / side)
-    (unfinished / "truth.json").write_text(
-        json.dumps(truth, indent=1, ensure_ascii=False) + "\n", encoding="utf8"
-    )
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
+    try:
+        for side, checkpoint, tokenizer in zip(("base", "aligned"), pair, tokenizers, strict=True):
+            made = build_checkpoint(checkpoint.config, checkpoint.tensors)
+            save_checkpoint(made, tokenizer, unfinished / side)
+        text = json.dumps(truth, indent=1, ensure_ascii=False) + "\n"
+        (unfinished / "truth.json").write_text(text, encoding="utf8")
+        if there.exists():
+            there.rmdir()
+        unfinished.rename(there)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return out

@@ -199,6 +199,9 @@ EXACT_BEFORE = ("planted", "local", "erased", "generic_gain", "unread", "scaled_
 """Families that leave every block before theirs bit by bit as it was."""
 TUNED = ("planted", "local", "erased", "unread")
 NEED_CONCEPT = ("generic_gain", "planted", "local", "erased", "unread", "unsaid", "scaled_writes")
+READ_AT = {"local": "Reply"}
+"""Families of the grammar's twins whose texts are read at a word of theirs, not at their end: there the answer is formed, so
+that a concept which is weaker at the end only is said less too."""
 
 
 def make_twin(
@@ -283,6 +286,11 @@ def check_order(
         raise InputError(
             f"family '{family}' got no concept, expected one; name a shipped concept or give stimuli"
         )
+    if family in NEED_CONCEPT and concept is not None and concept.stimuli.kind != "binary":
+        raise InputError(
+            f"family '{family}' got the concept '{concept.name}', whose labels are {concept.stimuli.kind}, expected two labels, 0 and 1; "
+            "choose a concept of two"
+        )
     layer = default_layer(family, checkpoint.n_layers) if layer is None else layer
     if not 0 <= layer < checkpoint.n_layers:
         raise InputError(
@@ -317,7 +325,11 @@ def list_bases(phantoms: str | Path | None = None) -> dict[str, Path]:
     shipped = Path(str(files("empathy_probes"))) / "data" / "phantoms"
     bases = {f"{path.parent.name}-0": path.parent for path in sorted(shipped.glob("*/base"))}
     if phantoms is not None:
-        built = {path.parent.name: path.parent for path in sorted(Path(phantoms).glob("*-*/base"))}
+        built = {
+            path.parent.name: path.parent
+            for path in sorted(Path(phantoms).glob("*-*/base"))
+            if path.parent.name.rsplit("-", 1)[1].isdigit()
+        }
         if not built:
             raise InputError(
                 f"no phantom bases in '{phantoms}', expected folders such as llama-1/base; build them with scripts/build_phantoms.py"
@@ -353,10 +365,10 @@ def twin_checkpoints(
         twin = start.change({key: start.tensors[key] + delta.float() for key, delta in added.items()})
         return start, twin, tokenizer
     model = load_model(folder / "base", device="cpu", name=folder.name)
-    name = concept or TARGETS[0]
-    asked = grammar_concept(name)
+    name, read = concept or TARGETS[0], READ_AT.get(family, "")
+    asked = grammar_concept(name, read)
     place = layer if layer is not None else default_layer(family, checkpoint.n_layers)
-    others = guards(folder, name, place)
+    others = guards(folder, name, place, read)
     made = make_twin(checkpoint, model, family, asked, others, layer, 0.25 if keep is None else keep)
     return *made, tokenizer
 
@@ -378,36 +390,41 @@ def open_twin(
     return ModelPair(*models)
 
 
-def grammar_concept(name: str) -> Concept:
+def grammar_concept(name: str, read: str = "") -> Concept:
     """Texts of a concept of the grammar that twins are made with."""
-    stimuli = stimuli_from_rows(stimuli_rows(name, FITTED_SCENARIOS, FITTED_SEED), name)
+    stimuli = stimuli_from_rows(stimuli_rows(name, FITTED_SCENARIOS, FITTED_SEED, read=read), name)
     return Concept(name, "target", "", "", "user", "", stimuli)
 
 
 FITTED_SCENARIOS, FITTED_SEED = 400, 21
 
 
-def guards(folder: Path, concept: str, layer: int) -> list[Float[np.ndarray, " d_model"]]:
+def guards(folder: Path, concept: str, layer: int, read: str = "") -> list[Float[np.ndarray, " d_model"]]:
     """Mean differences after a block of a base of all concepts of the grammar but one."""
-    return [d[layer] for other, d in _guards(folder).items() if other != concept]
+    return [d[layer] for other, d in _guards(folder, read).items() if other != concept]
 
 
 @cache
-def _guards(folder: Path) -> dict[str, Float[np.ndarray, "layer d_model"]]:
+def _guards(folder: Path, read: str) -> dict[str, Float[np.ndarray, "layer d_model"]]:
     """Mean difference of every concept of the grammar after every block of a base, from beside it where it was kept."""
-    kept = folder / "guards.safetensors"
+    kept = guards_file(folder, read)
     if kept.is_file():
         return {name: tensor.double().numpy() for name, tensor in load_file(kept).items()}
-    return measure_guards(folder)
+    return measure_guards(folder, read)
 
 
-def measure_guards(folder: Path) -> dict[str, Float[np.ndarray, "layer d_model"]]:
+def guards_file(folder: Path, read: str) -> Path:
+    """Where they are kept, per word at which texts are read."""
+    return folder / f"guards{f'-{read}' if read else ''}.safetensors"
+
+
+def measure_guards(folder: Path, read: str = "") -> dict[str, Float[np.ndarray, "layer d_model"]]:
     """The same, measured."""
     model = load_model(folder / "base", device="cpu", name=folder.name)
     store = open_store(f"memory://guards/{folder.name}")
     guards = {}
     for name in (*TARGETS, *CONTROLS):
-        guards[name] = mean_differences(model, grammar_concept(name), store)
+        guards[name] = mean_differences(model, grammar_concept(name, read), store)
     store.clear()
     return guards
 

@@ -43,6 +43,17 @@ def begins_with_bos(tokenizer: Any) -> bool:
     return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
 
 
+def style_of(template: str) -> Style:
+    """The style of a template that one model has: raw, or chat.
+
+    Raises:
+        InputError: another one.
+    """
+    if template not in ("raw", "chat"):
+        raise InputError(f"unknown template '{template}': expected raw or chat; choose one")
+    return "raw" if template == "raw" else "chat"
+
+
 def render(tokenizer: Any, stimuli: StimulusSet, style: Style, speaker: str) -> tuple[RenderedPrompt, ...]:
     """Render every text of a stimulus set.
 
@@ -281,8 +292,10 @@ def _positions(
     start, end = where
     covered = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
     decoded = tokenizer.decode([ids[i] for i in covered]) if covered else ""
-    # Tokens may carry a space or a piece of a neighbouring word: the span has to be inside, spaces aside.
-    if not covered or "".join(text[start:end].split()) not in "".join(decoded.split()):
+    # Tokens may carry a space or a piece of a neighbouring word: the span has to be inside, spaces aside. A text that is read
+    # as a whole has no neighbours, and a tokenizer may write some of its words otherwise.
+    whole = item.read == item.text
+    if not covered or (not whole and "".join(text[start:end].split()) not in "".join(decoded.split())):
         raise InputError(
             f"concept '{stimuli.concept}', item '{item.id}': the tokens of {text[start:end]!r} decode to {decoded!r}, "
             "expected the span itself; choose another span or read at 'last'"

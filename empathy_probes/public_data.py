@@ -271,10 +271,11 @@ def _datasets(path: str, scenarios: int, seed: int) -> list[PublicSet]:
     names = getattr(found.features["label"], "names", None)
     texts = []
     for text, label in zip(found["text"], found["label"], strict=True):
-        if not isinstance(text, str) or label is None or (names and label < 0):
+        single = isinstance(label, int | float | str) and not isinstance(label, bool)
+        if not isinstance(text, str) or not single or (names and label < 0):
             raise InputError(
                 f"the data set '{path}' has a row with text of type {type(text).__name__} and label {label!r}, expected a text "
-                "and its label; choose a split that is labelled"
+                "and one label, a number or a string; choose a split that is labelled, or map its labels"
             )
         # Two names are the two sides of one contrast, more are categories.
         texts.append(Labelled(text, names[label] if names and len(names) > 2 else label))

@@ -111,6 +111,21 @@ def ask(tokenizer: Any, stimuli: StimulusSet, prompts: Sequence[RenderedPrompt],
     )  # fmt: skip
 
 
+def check_length(model: Model, asked: Asked) -> None:
+    """Refuse what is longer than a model's context, before anything runs.
+
+    Raises:
+        InputError: a prompt and its continuation have too many tokens together.
+    """
+    for i, item in enumerate(asked.items):
+        longest = len(asked.prompts[i]) + max(len(tail) for tail in asked.tails(i))
+        if longest > model.n_ctx:
+            raise InputError(
+                f"concept '{asked.concept}', item '{item}' has {longest} tokens with what is asked after it, expected at most "
+                f"{model.n_ctx}, the context of '{model.name}'; shorten the text or the continuation"
+            )
+
+
 def _following(
     tokenizer: Any, prompt: RenderedPrompt, answer: str, style: Style, concept: str
 ) -> tuple[int, ...]:
@@ -328,4 +343,7 @@ def ask_design(design: Design, concept: Concept, template: str, side: int) -> As
     style: Style = "raw" if template == "raw" else "chat"
     # `shared` prompts are the aligned model's, for both.
     tokenizer = design.pair.models[1 if template == "shared" else side].tokenizer
-    return ask(tokenizer, concept.stimuli, design.prompts[concept.name, template][side], style)
+    asked = ask(tokenizer, concept.stimuli, design.prompts[concept.name, template][side], style)
+    for model in design.pair.models:
+        check_length(model, asked)
+    return asked

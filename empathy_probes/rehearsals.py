@@ -57,6 +57,7 @@ def expected_words(family: str, layer: int | None) -> dict[str, str]:
             **lost,
             **{question: word for question, word in repaired.items() if "base_into" in question},
         },
+        "local": {**kept, "encode": "attenuated", "verdict": "local"},
         "unread": {**unused, "use": f"lost at {layer}", "verdict": "encoded_unread"},
         "unsaid": {**unused, "use": "lost at head", "verdict": "used_unsaid"},
     }.get(family, {})
@@ -117,7 +118,7 @@ def rehearse(
         dose_response_design(
             replace(design, concepts=silent, layers=(-1, *steered)), settings, store, doses=DOSES
         ),
-        transplant_design(alone, settings, neutral),
+        transplant_design(alone, settings),
         bool(turned.any()),
     )
 

@@ -22,7 +22,7 @@ class Result:
         save_record(self, path)
 
     def plot(self) -> Figure:
-        """Draw the figure of the first concept, as `empathy_probes.plot` does."""
+        """Draw the figure of the first concept, as `empathy_probes.plots.plot` does."""
         # Figures and pages stand on floors above; measuring should not load them.
         from empathy_probes import plots
 

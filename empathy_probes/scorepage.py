@@ -16,6 +16,7 @@ from empathy_probes.pages import environment, image_uri, script_hash, template_t
 from empathy_probes.scorecard import METRIC_WORDS, Row, Scorecard
 from empathy_probes.store import write_file
 from empathy_probes.tables import Cell
+from empathy_probes.wording import BLANK
 
 SHOWN = (
     "coverage_attenuation",
@@ -78,12 +79,15 @@ def write_scorecard(card: Scorecard, path: str | Path) -> Path:
 
 
 def _cells(rows: Sequence[Row]) -> list[list[Cell]]:
+    def cell(text: str) -> Cell:
+        return Cell(text or BLANK, sort=text)
+
     return [
         [
-            Cell(row.family.replace("_", " ")), Cell(row.architecture), Cell(row.concept or "–"), Cell(str(row.n), sort=str(row.n)),
-            Cell(row.metric.replace("_", " ")),
+            cell(row.family.replace("_", " ")), cell(row.architecture), cell(row.concept), cell(str(row.n)),
+            cell(row.metric.replace("_", " ")),
             Cell(f"{row.value:.3f} [{row.lower:.3f}, {row.upper:.3f}]", sort=f"{row.value:.6f}"),
-            Cell(row.target or "–"), Cell("–" if row.met is None else "yes" if row.met else "no"),
+            cell(row.target), cell("" if row.met is None else "yes" if row.met else "no"),
         ]
         for row in rows
     ]  # fmt: skip

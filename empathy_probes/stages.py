@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from empathy_probes import __version__
+from empathy_probes.ablation import Ablation
 from empathy_probes.attenuation import TYPES as FINDING_TYPES
 from empathy_probes.attenuation import Finding, measure
 from empathy_probes.attribution import attribute_design
@@ -28,9 +30,10 @@ from empathy_probes.patching import Patching, patch_design
 from empathy_probes.readouts import ask_design, has_readout, with_readout
 from empathy_probes.steering import dose_response_design, spread_layers
 from empathy_probes.stitching import StitchedConcept, Stitching, check_replay, stitch_design
-from empathy_probes.store import Store, digest_of
+from empathy_probes.store import Store, digest_of, load_record
 from empathy_probes.transplants import TYPES as TRANSPLANT_TYPES
 from empathy_probes.transplants import Transplants
+from empathy_probes.trends import TYPES as TREND_TYPES
 from empathy_probes.writes import TYPES as ATTRIBUTION_TYPES
 from empathy_probes.writes import Attribution
 
@@ -76,7 +79,7 @@ def _steer(design: Design, settings: Settings, store: Store) -> Gain:
 def _patch(design: Design, settings: Settings, store: Store) -> Patching:
     blocks = [layer for layer in design.layers if layer >= 0]
     layers = tuple(blocks[i] for i in spread_layers(len(blocks), PATCHED_LAYERS))
-    return patch_design(replace(design, layers=(-1, *layers), components=("resid_post",)), settings)
+    return patch_design(replace(design, layers=(-1, *layers), components=("resid_post",)), settings, store)
 
 
 def _one_sided(design: Design) -> str | None:
@@ -120,6 +123,15 @@ TYPES = {
 """Every dataclass that a saved study may hold, by name."""
 RESULTS = (Finding, Coupling, Stitching, Gain, Patching, Attribution, Transplants, EstimatedPatching)
 """The kinds of results that a study takes: those of its questions, and those that only a notebook asks."""
+
+
+def load_result(path: str | Path) -> Any:
+    """Load what the `save` of any result wrote; it says itself which kind it is.
+
+    Raises:
+        StoreError: the file is missing, is no result, or was written by a newer version.
+    """
+    return load_record(path, {**TYPES, **TREND_TYPES, "Ablation": Ablation})
 
 
 def check_stages(stages: Sequence[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ are one replay of the blocks behind it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from empathy_probes import __version__
 from empathy_probes.activations import Activations
 from empathy_probes.batches import pad_tokens
 from empathy_probes.concepts import Concept
@@ -51,7 +53,7 @@ from empathy_probes.readouts import (
 )
 from empathy_probes.sites import Site
 from empathy_probes.stats import grouped_folds
-from empathy_probes.store import Store, open_store
+from empathy_probes.store import Store, digest_of, open_store
 from empathy_probes.sweeps import check_continuable
 from empathy_probes.vectors import neutral_rms
 
@@ -104,7 +106,6 @@ def dose_response(
         design,
         Settings(seed=seed),
         open_store(store),
-        neutral,
         doses=doses,
         small=small,
         directions=directions,
@@ -121,7 +122,6 @@ def dose_response_design(
     design: Design,
     settings: Settings,
     store: Store,
-    neutral: Sequence[str] | None = None,
     *,
     doses: Sequence[float] = DOSES,
     small: float = SMALL,
@@ -130,7 +130,7 @@ def dose_response_design(
 ) -> Gain:
     """Steer along a design's concepts after its blocks.
 
-    Arguments as in `dose_response`; `neutral` are the texts the design was made with.
+    Arguments as in `dose_response`.
     """
     grid = _check_doses(doses, small)
     if not 1 <= bound < np.inf:
@@ -143,17 +143,23 @@ def dose_response_design(
     for model in pair.models:
         check_continuable(model)
     layers = tuple(layer for layer in design.layers if layer >= 0)
-    texts = design.neutral if neutral is None else tuple(neutral)
-    rms = np.stack([neutral_rms(model, SITE, texts)[list(layers)] for model in pair.models])
+    rms = np.stack([neutral_rms(model, SITE, design.neutral)[list(layers)] for model in pair.models])
     controls = tuple(c for c in design.concepts if c.role == "control" and c.stimuli.kind != "categorical")
     found, losses = [], {}
     for template in design.templates:
         acts = _states(design, template, layers, store, (*readable(design), *controls))
         for concept in readable(design):
+            others = [c for c in controls if c.name != concept.name]
+            decisive = [
+                "gain", __version__, [model.fingerprint for model in pair.models], [c.digest for c in (concept, *others)],
+                template, [[p.ids for p in prompts] for prompts in design.prompts[concept.name, template]],
+                layers, grid, directions, settings.seed, list(design.neutral),
+            ]  # fmt: skip
             sides = [
-                _steer(
-                    design, concept, template, side, acts, rms[side], layers, grid,
-                    [c for c in controls if c.name != concept.name], directions, settings.seed, texts,
+                store.remember_all(
+                    digest_of([*decisive, side]),
+                    partial(_steer, design, concept, template, side, acts, rms[side], layers, grid, others,
+                            directions, settings.seed),
                 )
                 for side in (0, 1)
             ]  # fmt: skip
@@ -215,7 +221,6 @@ def _steer(
     controls: Sequence[Concept],
     directions: str,
     seed: int,
-    texts: Sequence[str],
 ) -> dict[str, np.ndarray]:
     """Everything of one concept in one model."""
     model, stimuli = design.pair.models[side], concept.stimuli
@@ -250,7 +255,9 @@ def _steer(
         "shuffled": shuffled_slopes(slopes, differences, folds, rng),
         "controls": np.einsum("ulk,clk->lc", slopes, pushed) / len(slopes),
         "cosine": direction_cosine(differences, folds),
-        "neutral_loss": neutral_cost(model, unit_rows(differences.mean(0)), layers, rms, doses, texts),
+        "neutral_loss": neutral_cost(
+            model, unit_rows(differences.mean(0)), layers, rms, doses, design.neutral
+        ),
     }
 
 

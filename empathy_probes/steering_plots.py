@@ -24,10 +24,9 @@ from empathy_probes.drawing import (
     settings,
 )
 from empathy_probes.errors import InputError
+from empathy_probes.gains import BOUND
 
 COLOURS = {"base": BLUE, "aligned": VERMILLION}
-BOUND = 1.1
-"""Ratio of neutral perplexity drawn as the price that is too high."""
 
 
 def gain_figure(
@@ -66,7 +65,12 @@ def gain_figure(
         axes[1].sharex(axes[0])
         for model in _models(here):
             _draw_response(axes[0], here[here["model"] == model].sort_values("dose"), model)
-            _draw_cost(axes[1], here[here["model"] == model].sort_values("dose"), model)
+            _draw_cost(
+                axes[1],
+                here[here["model"] == model].sort_values("dose"),
+                model,
+                frame.attrs.get("bound", BOUND),
+            )
         axes[0].axvline(0, color=GREY, linewidth=0.8)
         axes[1].axvline(0, color=GREY, linewidth=0.8)
         axes[0].set_title(f"The answer after block {shown} (95 % over scenarios)")
@@ -177,13 +181,13 @@ def _draw_response(axes: Axes, rows: pd.DataFrame, model: str) -> None:
         )  # fmt: skip
 
 
-def _draw_cost(axes: Axes, rows: pd.DataFrame, model: str) -> None:
+def _draw_cost(axes: Axes, rows: pd.DataFrame, model: str, bound: float) -> None:
     dose, perplexity = _numbers(rows, "dose"), _numbers(rows, "neutral_perplexity")
     axes.plot(dose, perplexity, color=COLOURS[model], marker="o", markersize=4, label="_")
     at_zero = perplexity[np.argmin(np.abs(dose))]
     axes.axhline(
-        at_zero * BOUND, color=COLOURS[model], linewidth=1.0, linestyle=":",
-        label=f"+{BOUND - 1:.0%} on dose 0" if model == "base" else "_",
+        at_zero * bound, color=COLOURS[model], linewidth=1.0, linestyle=":",
+        label=f"+{bound - 1:.0%} on dose 0" if model == "base" else "_",
     )  # fmt: skip
     axes.legend(loc="best")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from empathy_probes import __version__
 from empathy_probes.batches import TokenBatch, pad_tokens
 from empathy_probes.concepts import Concept
 from empathy_probes.crossings import Crossing, fit_crossings, neutral_states
@@ -251,12 +252,10 @@ def stitch(
     """
     targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
     design = design_study(pair, targets, controls, template=template, neutral=neutral)
-    return stitch_design(design, Settings(draws=draws, seed=seed), open_store(store), neutral)
+    return stitch_design(design, Settings(draws=draws, seed=seed), open_store(store))
 
 
-def stitch_design(
-    design: Design, settings: Settings, store: Store, neutral: Sequence[str] | None = None
-) -> Stitching:
+def stitch_design(design: Design, settings: Settings, store: Store) -> Stitching:
     """Stitch a design's concepts; what is in the store is not computed again."""
     pair = design.pair
     check_replay(pair)
@@ -264,19 +263,27 @@ def stitch_design(
         raise InputError(
             "stitching got the template 'own', expected the same tokens in both models; use --template raw or shared"
         )
-    texts = (design.neutral if neutral is None else tuple(neutral))[:NEUTRAL_TEXTS]
+    texts = design.neutral[:NEUTRAL_TEXTS]
     tokens = [prompt.ids for prompt in render_texts(pair.base.tokenizer, texts) if len(prompt.ids) > 1]
-    states = neutral_states(pair.base, tokens), neutral_states(pair.aligned, tokens)
-    crossings, mapped = fit_crossings(states)
+    fitted = cache(
+        lambda: fit_crossings((neutral_states(pair.base, tokens), neutral_states(pair.aligned, tokens)))
+    )
+
+    def losses() -> dict[str, np.ndarray]:
+        crossings, mapped = fitted()
+        return {"loss": hybrid_losses(pair, tokens, crossings), "mapped": mapped}
+
+    def readouts(asked: Asked, label: str) -> Float[np.ndarray, "order=2 row item"]:
+        return hybrid_readouts(pair, asked, fitted()[0], label)
+
     # The neutral texts are raw, so that one table of perplexities serves every template.
-    loss = store.remember(_key(pair, "neutral", tokens), partial(hybrid_losses, pair, tokens, crossings))
+    neutral = store.remember_all(_key(pair, "neutral", tokens), losses)
     found = []
     for template in design.templates:
         for concept in readable(design):
             asked = ask_design(design, concept, template, 1)
             label = f"stitching · {template} · {concept.name}"
-            key = _key(pair, asked.digest, tokens)
-            values = store.remember(key, partial(hybrid_readouts, pair, asked, crossings, label))
+            values = store.remember(_key(pair, asked.digest, tokens), partial(readouts, asked, label))
             coupling = scenario_coupling(np.moveaxis(values, -1, 0), concept.stimuli)
             found.append(
                 StitchedConcept(
@@ -286,15 +293,22 @@ def stitch_design(
             )  # fmt: skip
     templates = len(design.templates)
     return Stitching(
-        tuple(found), pair.base.n_layers, np.stack([loss] * templates), np.stack([mapped] * templates), settings,
-        describe_design(design),
+        tuple(found), pair.base.n_layers, np.stack([neutral["loss"]] * templates), np.stack([neutral["mapped"]] * templates),
+        settings, describe_design(design),
     )  # fmt: skip
 
 
 def _key(pair: ModelPair, asked: str, tokens: Sequence[Sequence[int]]) -> str:
     """Of a stored computation: the models, what is asked, and the neutral tokens the map is fitted on."""
     return digest_of(
-        ["stitching", pair.base.fingerprint, pair.aligned.fingerprint, asked, [list(row) for row in tokens]]
+        [
+            "stitching",
+            __version__,
+            pair.base.fingerprint,
+            pair.aligned.fingerprint,
+            asked,
+            [list(row) for row in tokens],
+        ]
     )
 
 

@@ -90,11 +90,15 @@ class Store:
 
     def remember(self, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """The one array of an entry; computed and written where there is none."""
+        return self.remember_all(key, lambda: {"values": compute()})["values"]
+
+    def remember_all(self, key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The same of several arrays by name."""
         found = self.read(key)
         if found is None:
-            found = {"values": compute()}
+            found = compute()
             self.write(key, found)
-        return found["values"]
+        return found
 
     def remember_record(self, key: str, compute: Callable[[], Any], types: Mapping[str, type]) -> Any:
         """A frozen dataclass under a key, as `remember` keeps an array; `types` as in `load_record`."""
@@ -247,9 +251,9 @@ def load_record(path: str | Path, types: Mapping[str, type]) -> Any:
     """
     try:
         data = Path(path).read_bytes()
-    except FileNotFoundError:
+    except OSError as error:
         raise StoreError(
-            f"no saved result at {path}: expected a file that this package wrote; check the path"
+            f"no saved result at {path} ({type(error).__name__}): expected a file that this package wrote; check the path"
         ) from None
     return record_from_bytes(data, types, path)
 
@@ -260,12 +264,14 @@ def record_from_bytes(data: bytes, types: Mapping[str, type], path: str | Path) 
         arrays = load(data)
         size = int.from_bytes(data[:8], "little")
         header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][HEADER])
-    except (SafetensorError, KeyError, ValueError) as error:
+        schema, record = header["schema_version"], header["record"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
-            f"{path} is no saved result ({type(error).__name__}): expected a safetensors file with a {HEADER} header; make it again"
+            f"{path} is no saved result ({type(error).__name__}): expected a safetensors file whose {HEADER} header holds one; "
+            "load vectors with load_vector, or make it again"
         ) from None
-    check_schema(header["schema_version"], path)
-    return _unpack(header["record"], arrays, types, Path(path))
+    check_schema(schema, path)
+    return _unpack(record, arrays, types, Path(path))
 
 
 def check_schema(found: Any, path: str | Path) -> None:

@@ -319,7 +319,14 @@ def _save_vectors(finding: Finding, folder: Path) -> None:
             for category in m.categories or (None,):
                 vector = finding.vector(model, m.concept, template=m.template, site=m.site, category=category)
                 name = m.concept if category is None else f"{m.concept}-{UNSAFE.sub('-', category)}"
-                vector.save(folder / f"{name}.{model}.{m.template}.{m.site}.safetensors")
+                path = folder / f"{name}.{model}.{m.template}.{m.site}.safetensors"
+                if (
+                    path.exists()
+                ):  # "good/joy" and "good joy", or a concept of the same name as another's category
+                    path = path.with_name(
+                        f"{name}-{digest_of([m.concept, category])[:8]}{path.name[len(name) :]}"
+                    )
+                vector.save(path)
 
 
 def _jsonable(value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,7 +158,12 @@ class Cell:
 def sites_of(model: Model, *components: str) -> tuple[Site, ...]:
     """Every block's site of these components: of `resid_post` the input of block 0 too, of `z` every head.
 
-    >>> # sites_of(model, "attn_out", "z")
+    >>> from empathy_probes import load_phantom
+    >>> model = load_phantom("planted-valence").base
+    >>> [site.layer for site in sites_of(model, "resid_post")]
+    [-1, 0, 1, 2, 3, 4, 5]
+    >>> len(sites_of(model, "z")) == model.n_layers * model.n_heads
+    True
     """
     found: list[Site] = []
     for component in components:

@@ -132,8 +132,10 @@ def did_rows(frame: pd.DataFrame) -> list[list[Cell]]:
         rows.append(
             [
                 Cell(layer_name(row["layer"]), str(row["layer"])),
-                Cell(BLANK if blank else size, "", why if blank else ""),
-                Cell(interval(row.get("band_lower"), row.get("band_upper"))),
+                Cell(BLANK, "", why) if blank else Cell(size, str(row["attenuation"])),
+                Cell(
+                    interval(row.get("band_lower"), row.get("band_upper")), _sortable(row.get("band_lower"))
+                ),
             ]
         )
     return rows
@@ -163,12 +165,23 @@ def view_rows(frame: pd.DataFrame, layer: Any) -> list[list[Cell]]:
         if measure in here.index:
             row = here.loc[measure]
             rows.append(
-                [Cell(name), *(Cell(_with_ends(row, column)) for column in ("base", "aligned", "difference"))]
+                [
+                    Cell(name, name),
+                    *(
+                        Cell(_with_ends(row, column), _sortable(row[column]))
+                        for column in ("base", "aligned", "difference")
+                    ),
+                ]
             )
     for row in frame[frame["site"] == "text"].to_dict("records"):
         said = f"{number(row['base'])} {interval(row['base_lower'], row['base_upper'])}"
-        rows.append([Cell(text) for text in ("AUROC of words alone (no model)", said, BLANK, BLANK)])
+        name = "AUROC of words alone (no model)"
+        rows.append([Cell(name, name), Cell(said, _sortable(row["base"])), Cell(BLANK), Cell(BLANK)])
     return rows
+
+
+def _sortable(value: Any) -> str:
+    return "" if missing(value) else str(value)
 
 
 def _with_ends(row: pd.Series, column: str) -> str:

@@ -17,8 +17,8 @@ from empathy_probes.concepts import Concept
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import check_prompts
 from empathy_probes.models import Model
-from empathy_probes.prompts import RenderedPrompt, Style, outside_messages, render
-from empathy_probes.readouts import Asked, ask, has_readout, with_readout
+from empathy_probes.prompts import RenderedPrompt, Style, outside_messages, render, style_of
+from empathy_probes.readouts import Asked, ask, check_length, has_readout, with_readout
 from empathy_probes.stimuli import ReadoutSpec, StimulusSet, stimuli_from_rows
 
 
@@ -96,8 +96,7 @@ def prepare_pairs(
     Raises:
         InputError: an unknown template, no readout, what is none, or a prompt that the model cannot take.
     """
-    if template not in ("raw", "chat"):
-        raise InputError(f"unknown template '{template}': expected raw or chat; choose one")
+    style = style_of(template)
     if not isinstance(readout, ReadoutSpec | None):
         raise InputError(
             f"readout got {readout!r}, expected a ReadoutSpec; pass one such as ReadoutSpec('answers', (' great',), (' awful',))"
@@ -111,10 +110,10 @@ def prepare_pairs(
         raise InputError(
             f"concept '{concept.name}' has {stimuli.n_scenarios} scenario, expected at least 2: one alone has no interval; add scenarios"
         )
-    style: Style = "raw" if template == "raw" else "chat"
     prompts = render(model.tokenizer, stimuli, style, concept.speaker)
     check_prompts(model, prompts, concept.name)
     asked = ask(model.tokenizer, stimuli, prompts, style)
+    check_length(model, asked)
     return replace(concept, stimuli=stimuli), pair_texts(
         asked, stimuli, around(model.tokenizer, stimuli, prompts, concept.speaker, style)
     )

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from empathy_probes.batches import Pool, pad_tokens
 from empathy_probes.coding import scenario_contrasts
-from empathy_probes.concepts import Concept, load_neutral
+from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import LayerSet, onset_set
 from empathy_probes.crossings import Crossing, fit_crossings, neutral_states
 from empathy_probes.design import Design, Settings, describe_design, design_study
@@ -265,12 +265,10 @@ def transplant(
     """
     targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
     design = design_study(pair, targets, controls, template=template, neutral=neutral)
-    return transplant_design(design, Settings(margin=margin, draws=draws, seed=seed), neutral)
+    return transplant_design(design, Settings(margin=margin, draws=draws, seed=seed))
 
 
-def transplant_design(
-    design: Design, settings: Settings, neutral: Sequence[str] | None = None
-) -> Transplants:
+def transplant_design(design: Design, settings: Settings) -> Transplants:
     """Transplant a design's concepts."""
     pair = design.pair
     for model in pair.models:
@@ -279,7 +277,7 @@ def transplant_design(
         raise InputError(
             "transplant got the template 'own', expected the same tokens in both models; use --template raw or shared"
         )
-    texts = (load_neutral() if neutral is None else tuple(neutral))[:NEUTRAL_TEXTS]
+    texts = design.neutral[:NEUTRAL_TEXTS]
     tokens = [prompt.ids for prompt in render_texts(pair.base.tokenizer, texts) if len(prompt.ids) > 1]
     states = (neutral_states(pair.base, tokens), neutral_states(pair.aligned, tokens))
     (to_base, to_aligned), mapped = fit_crossings(states)

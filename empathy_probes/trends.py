@@ -353,6 +353,7 @@ def trace_design(
                     )
         described.append({"stage": name, "model": model.name, "revision": model.revision, "weights": model.weights})  # fmt: skip
         weights.append(model.weights)
+        del model  # or the next stage is loaded beside this one
     same = (False, *(a == b for a, b in pairwise(weights)))
     traced = tuple(
         TracedConcept(

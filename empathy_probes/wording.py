@@ -18,7 +18,6 @@ FLAGS: dict[str, str] = {
     "incompatible": "No ratio of the two strengths fits the data: the interval would be empty.",
     "weak_signal": "The aligned model shows so little that the ratio has a one-sided or wide interval (Fieller form).",
     "at_least": "Attenuation is at least the lower end of the interval; complete loss cannot be excluded, so no point is given.",
-    "one_sided": "Only one end of the interval is informative, so no point is given.",
     "small_n": "Fewer than 60 scenarios: intervals are wide and their coverage is less certain.",
     "few_controls": "Fewer than six usable control concepts: a change is shown, not decided; only that nothing changed can be.",
     "equivalent_alone": "At some blocks fewer than six controls are usable; there the contrast by itself lies within the margin of attenuation.",
@@ -33,7 +32,6 @@ FLAGS: dict[str, str] = {
     "map_underdetermined": "No more neutral texts than dimensions: the map between the models is known on their span only.",
     "lexical_floor": "A bag of words (TF-IDF and ridge, same folds): what can be read without any model.",
     "no_chat_template": "The aligned tokenizer has no chat template, so only raw text was measured.",
-    "decided_pointwise": "Decided on a pointwise interval, not on a simultaneous band: one of many looks.",
     "onset_may_be_absent": "The data do not exclude that there is no layer at which attenuation begins.",
     "single_concept": "One concept only: nothing tells how much concepts of this group differ, so there is no interval.",
     "sign_reversed": "The aligned model's answer moves the other way: more than all of the base's coupling is gone.",
@@ -47,13 +45,17 @@ FLAGS: dict[str, str] = {
     "gain_not_detected": "A push along this direction does not move the answer beyond noise.",
     "within_random_directions": "Directions drawn at random, with the spread of neutral states, move the answer as far (central 95 %).",
     "within_shuffled_labels": "Directions of shuffled labels move the answer as far (p > 0.05).",
-    "beyond_perplexity_bound": "This dose makes neutral texts more than 1.1 times as perplexing: what it does to the answer may be damage.",
+    "beyond_perplexity_bound": "This dose makes neutral texts more perplexing than the study's bound allows (1.1 times unless set): what it does to the answer may be damage.",
     "null_small_doses_only": "The band of random directions comes from gradients and is known for small doses only.",
     "noisy_direction": "The direction is known only roughly (estimated cosine below 0.9), and a rough direction has a small gain by itself: not decided.",
     "effect_not_detected": "The two texts' answers are not told apart, so there is nothing to recover.",
     "unequal_spans": "The two texts differ in a span of unequal length; its tokens are matched from the end.",
     "no_tokens": "No pair of texts has a token of this role.",
     "some_without_tokens": "Some pairs of texts have no token of this role and count as unmoved.",
+    "difference_not_detected": "The two models' couplings are not told apart, so there is nothing to repair.",
+    "no_component": "The model it comes from shows no direction of the concept here: nothing could be moved.",
+    "lengths_differ": "The two models render a text in different lengths: moving all positions has no meaning there.",
+    "may_not_repair": "The data do not exclude that no layer repairs it.",
     "no_onset": "No layer at which attenuation begins fits the data.",
 }
 """Flag → explanation, in the words of the method."""
@@ -121,6 +123,10 @@ def split_flags(value: Any) -> tuple[str, ...]:
 
 def explain(flag: str) -> str:
     """A flag in words; an unknown one as it is."""
+    if flag.startswith("window_"):
+        return (
+            f"The same place is patched in {flag.removeprefix('window_')} blocks together, from this one on."
+        )
     return FLAGS.get(flag, flag)
 
 

@@ -296,11 +296,12 @@ def build(folder: Path, steps: int | None) -> None:
         (folder / "unfinished").rename(folder / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
-    guards = planting.measure_guards(folder)
-    save_file(
-        {name: torch.tensor(d, dtype=torch.float32) for name, d in guards.items()},
-        folder / "guards.safetensors",
-    )
+    for read in ("", *planting.READ_AT.values()):
+        guards = planting.measure_guards(folder, read)
+        save_file(
+            {name: torch.tensor(d, dtype=torch.float32) for name, d in guards.items()},
+            planting.guards_file(folder, read),
+        )
     print(f"{folder.name}: continued", flush=True)
     save_added(base, train_continued(family, base, tokenizer, int(seed)), folder / "continued.safetensors")
     print(f"{folder.name}: rerouted", flush=True)

@@ -80,9 +80,6 @@ def word_tokenizer(template: str | None = None) -> Any:
     specials = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<model>", "<end>"]
     vocabulary = {word: i for i, word in enumerate([*specials, *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
-    )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     tokenizer = PreTrainedTokenizerFast(

@@ -314,7 +314,7 @@ def test_an_interrupted_study_goes_on_and_ends_with_identical_files(
         "from empathy_probes import cli, extraction\nextraction.PART_SECONDS = 0.0\n"
         "real = extraction._run_batch\n"
         "def slowly(*a):\n    time.sleep(0.2)\n    return real(*a)\n"
-        "extraction._run_batch = slowly\nextraction._compute.__defaults__\n"
+        "extraction._run_batch = slowly\n"
         "extraction.extract.__kwdefaults__['budget'] = 60\nsys.exit(cli.main(sys.argv[1:]))"
     )
     options = ["--stimuli", "colour.jsonl", "--template", "raw", "--out", "out", "--store", "cut"]

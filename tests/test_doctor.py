@@ -14,6 +14,7 @@ from conftest import CHAT, tiny_gpt2, tiny_llama, word_tokenizer
 from empathy_probes import cli
 from empathy_probes.batches import TokenBatch, pad_tokens
 from empathy_probes.doctor import CHECKS, Checkup, examine, examine_model
+from empathy_probes.errors import EmpathyProbesError
 from empathy_probes.models import Model, load_model
 from empathy_probes.sites import Site
 
@@ -133,7 +134,7 @@ def test_a_place_that_is_not_there_and_an_edit_that_is_not_heard_are_named(
 
     def blind(self: Model, prompts: Any, read: Any = (), write: Any = None, **options: Any) -> Any:
         if any(site.component == "resid_mid" for site in read):
-            raise RuntimeError("no such place")
+            raise EmpathyProbesError("no such place")
         return plain(
             self,
             prompts,
@@ -165,3 +166,17 @@ def test_site_widths_are_what_is_read_there(model: Model) -> None:
     for component in ("z", "mlp_out"):
         read = model.run(["a dog ."], [Site(1, component)]).acts[Site(1, component)]
         assert read.shape[-1] == model.width(component)
+
+
+def test_parallel_blocks_are_examined_and_what_they_lack_is_named() -> None:
+    """Pythia's architecture: attention and MLP read the same state."""
+    config = transformers.GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    found = examine_model(
+        load_model((transformers.GPTNeoXForCausalLM(config).eval(), word_tokenizer()), device="cpu")
+    )
+    assert verdicts(found)["hooks"] == "warn" and "there is no resid_mid" in words(found, "hooks")
+    assert verdicts(found)["edits"] == "ok"

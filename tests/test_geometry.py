@@ -206,6 +206,6 @@ def test_a_rotated_model_defies_the_base_probe_until_the_map() -> None:
     plain = auroc(transfer(base, aligned, labels[None], folds)[:, :, 0], labels)
     mapped = auroc(transfer(base, aligned, labels[None], folds, fit_map(x, x @ q))[:, :, 0], labels)
     same = auroc(transfer(base, base, labels[None], folds)[:, :, 0], labels)
-    assert (mapped > 0.95).all() and (abs(plain - 0.5) > 0.2).mean() < 1
+    # The turned direction has a cosine of −0.16 with the probe's, so unmapped AUROC is about Φ(−0.16 · 3 / √2) = 0.36.
+    assert (mapped > 0.95).all() and (abs(plain - 0.5) < 0.2).all()
     np.testing.assert_allclose(mapped, same, atol=1e-3)
-    assert plain.min() < 0.9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,58 @@ def test_an_edit_never_touches_what_was_read_before_it(model: Model) -> None:
     assert torch.equal(edited.acts[Site(0)], plain.acts[Site(0)])
 
 
-def test_an_edit_that_never_fires_is_an_error(llama: Model) -> None:
+def test_a_block_or_head_beyond_the_run_is_refused_to_reads_and_edits(llama: Model) -> None:
+    nudge = add_vector(torch.ones(llama.d_model), 1.0)
     with pytest.raises(InputError, match="outside the layers"):
-        llama.run(TEXTS, write={Site(9): add_vector(torch.ones(llama.d_model), 1.0)})
+        llama.run(TEXTS, write={Site(9): nudge})
     with pytest.raises(InputError, match="outside the layers"):
         llama.run(TEXTS, read=[Site(3)], last_layer=1)
+    with pytest.raises(InputError, match="a block has 4 heads, expected 0 to 3"):
+        llama.run(TEXTS, read=[Site(1, "z", head=4)])
+    with pytest.raises(InputError, match="a block has 4 heads, expected 0 to 3"), \
+            llama.editing({Site(1, "z", head=4): nudge}):  # fmt: skip
+        pass
+
+
+def without_block(layer: int) -> Model:
+    """A tiny Llama pruned by depth: one block hands its input on, and nothing inside it runs."""
+    pruned = tiny_llama()
+    pruned.model.layers[layer].forward = lambda hidden_states, *args, **options: hidden_states
+    return load_model((pruned, word_tokenizer()), device="cpu")
+
+
+@pytest.mark.parametrize("component", ["resid_mid", "attn_out", "mlp_out", "z"])
+def test_a_place_that_no_state_passes_is_an_error_to_reads_and_edits(component: str) -> None:
+    model, site = without_block(2), Site(2, component)
+    before, plain = hooks_left(model), model.run(TEXTS, read=[Site(1)], capture=True)
+    edit = {site: add_vector(torch.ones(model.width(component)), 1.0)}
+    unread = re.escape(f"{site} never fired in 'LlamaForCausalLM'") + ".*this architecture has no such place"
+    with pytest.raises(EmpathyProbesError, match=f"^{unread}"):
+        model.run(TEXTS, read=[Site(1), site])
+    with pytest.raises(EmpathyProbesError, match=f"^{unread}"):
+        model.replay(plain, plain.acts[Site(1)], 1, read=[site])
+    with pytest.raises(EmpathyProbesError, match=f"^the edit at {unread}"):
+        model.run(TEXTS, write=edit)
+    with pytest.raises(EmpathyProbesError, match=f"^the edit at {unread}"), model.editing(edit):
+        model.run(TEXTS)
+    # What stands around the block is there, and nothing is left behind.
+    around = model.run(TEXTS, read=[Site(1), Site(2)]).acts
+    assert torch.equal(around[Site(2)], around[Site(1)])
+    assert hooks_left(model) == before and torch.equal(model.run(TEXTS).logits, plain.logits)
+
+
+@pytest.mark.parametrize("how", ["read", "write"])
+def test_parallel_blocks_have_no_place_between_attention_and_mlp(how: str) -> None:
+    config = transformers.GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = transformers.GPTNeoXForCausalLM(config).eval()
+    model, site = load_model((made, word_tokenizer()), device="cpu"), Site(1, "resid_mid")
+    asked: dict[str, Any] = {"read": [site]} if how == "read" else {"write": {site: lambda acts: acts + 1}}
+    with pytest.raises(EmpathyProbesError, match="no such place"):
+        model.run(TEXTS, **asked)
 
 
 @pytest.mark.parametrize("after", [-1, 0, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def some_concepts(seed: int) -> tuple[list[Concept], list[Concept]]:
     """Valence and two targets that nothing was done to, against six controls."""
-    targets, controls = load_phantom_concepts(100, seed)
+    targets, controls = load_phantom_concepts(60, seed)
     return [t for t in targets if t.name in ("valence", *OTHERS)], list(controls[:6])
 
 
@@ -149,7 +150,62 @@ def test_every_family_is_shipped_with_a_truth_from_four_thousand_fresh_scenarios
             assert abs(lost).max() < 0.1 and abs(said) < 0.15
         elif family in ("planted", "erased", "local", "rerouted"):
             assert abs(truth["keep_achieved"] - truth["keep_intended"]) < 0.1
-            assert abs(said - 1) < 0.05 if family == "rerouted" else said < 0.4
+            assert abs(said - 1) < 0.05 if family in ("local", "rerouted") else said < 0.4
+        if family == "local":
+            assert (truth["verdict"], truth["positions"], truth["read"]) == ("local", "read", "Reply")
+
+
+def test_a_local_twin_is_weaker_where_it_is_read_and_says_as_much() -> None:
+    """At the end of a text, where the answer is formed, nothing changes."""
+    pair, truth = load_phantom("llama-local"), phantom_truth("llama-local")
+    for read, lost in ((truth["read"], 1 - truth["keep_achieved"]), ("", 0.0)):
+        (target,), controls = load_phantom_concepts(40, 4, names=("valence", "tense"), read=read)
+        finding = measure_attenuation(
+            pair, target, controls, template="raw", layers=(2, 3), store=f"memory://{read}"
+        )
+        rows = finding.to_frame().query("measure == 'strength' and concept == 'valence'").set_index("layer")
+        assert rows.at[2, "attenuation"] == 0 and abs(rows.at[3, "attenuation"] - lost) < 0.03
+
+
+def test_a_concept_read_where_the_answer_is_formed_cannot_be_local(tmp_path: Path) -> None:
+    (concept,), _ = load_phantom_concepts(40, 5, names=("valence",))
+    base = list_bases()["llama-0"] / "base"
+    out = build_phantom(base, family="local", concept=concept, layer=3, others=[], out=tmp_path / "twin")
+    truth = json.loads((out / "truth.json").read_text())
+    assert truth["coupling"]["aligned"] < 0.5 * truth["coupling"]["base"] and truth["verdict"] == "erased"
+    plain = replace(
+        concept,
+        stimuli=replace(
+            concept.stimuli, items=tuple(replace(i, readout=None) for i in concept.stimuli.items)
+        ),
+    )
+    out = build_phantom(base, family="local", concept=plain, layer=3, others=[], out=tmp_path / "silent")
+    truth = json.loads((out / "truth.json").read_text())
+    assert truth["verdict"] is None and "coupling" not in truth
+
+
+def test_what_cannot_be_planted_is_refused_before_a_model_runs(tmp_path: Path) -> None:
+    base = list_bases()["llama-0"] / "base"
+    with pytest.raises(InputError, match="'emotion', whose labels are categorical, expected two labels"):
+        build_phantom(base, family="planted", concept="emotion", out=tmp_path / "twin")
+    with pytest.raises(InputError, match="no concept 'valense', expected some of valence"):
+        load_phantom_concepts(10, names=("valense",))
+    (tmp_path / "file").write_text("mine")
+    for taken, message in (
+        ("file", "is there already"), ("file/below", "cannot be written, expected a writable folder"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            build_phantom(base, family="identical", out=tmp_path / taken)
+
+
+def test_a_phantom_can_be_written_into_the_folder_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_phantom("llama-rescaled", ".")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here"]
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["aligned", "base", "truth.json"]
 
 
 def test_a_written_twin_of_any_family_is_the_pair_that_was_measured(tmp_path: Path) -> None:

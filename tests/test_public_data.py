@@ -517,7 +517,7 @@ def test_a_data_set_without_labels_or_columns_is_refused(tmp_path: Path) -> None
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
     )
     datasets.Dataset.from_dict({"text": ["x"], "label": [-1]}, features=features).save_to_disk(tmp_path / "u")
-    with pytest.raises(InputError, match="label -1, expected a text and its label"):
+    with pytest.raises(InputError, match="label -1, expected a text and one label"):
         load_stimuli(tmp_path / "u", "datasets")
 
 

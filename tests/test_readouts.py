@@ -13,7 +13,7 @@ from empathy_probes.batches import pad_tokens
 from empathy_probes.errors import InputError
 from empathy_probes.models import Model, load_model
 from empathy_probes.prompts import Style, render
-from empathy_probes.readouts import Asked, ask, neutral_losses, read_out, scenario_coupling
+from empathy_probes.readouts import Asked, ask, check_length, neutral_losses, read_out, scenario_coupling
 from empathy_probes.stimuli import ReadoutSpec, StimulusSet, stimuli_from_rows
 
 ANSWERS = {"answers": [[" red", " green"], [" blue"]]}
@@ -28,7 +28,9 @@ def asking(readout: dict[str, object], n: int = 6) -> StimulusSet:
 
 def asked_of(model: Model, stimuli: StimulusSet, style: Style = "raw") -> Asked:
     prompts = render(model.tokenizer, stimuli, style, "user")
-    return ask(model.tokenizer, stimuli, prompts, style)
+    asked = ask(model.tokenizer, stimuli, prompts, style)
+    check_length(model, asked)
+    return asked
 
 
 def test_answers_are_logsumexp_of_the_expressive_minus_that_of_the_others(model: Model) -> None:
@@ -142,3 +144,14 @@ def test_categories_have_no_coupling() -> None:
     stimuli = stimuli_from_rows(made, "demo")
     with pytest.raises(InputError, match="has categories"):
         scenario_coupling(np.zeros(8), stimuli)
+
+
+def test_a_prompt_that_its_continuation_carries_beyond_the_context_is_refused(model: Model) -> None:
+    """The prompt alone would fit."""
+    longest = max(len(model.tokenizer(item.text)["input_ids"]) for item in asking(ANSWERS).items)
+    words = " a" * (model.n_ctx - longest + 2)
+    asked_of(model, asking({"continuations": [words[:-4], " a"]}))
+    with pytest.raises(
+        InputError, match=f"tokens with what is asked after it, expected at most {model.n_ctx}"
+    ):
+        asked_of(model, asking({"continuations": [words, " a"]}))

@@ -1,5 +1,6 @@
 """The report: one file that opens anywhere, says what was found, and never shows a number that is not there."""
 
+import ast
 import base64
 import fcntl
 import html
@@ -10,7 +11,7 @@ import select
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import pytest
 
 from empathy_probes import pages, plots, report, tables
 from empathy_probes.errors import InputError
+from empathy_probes.pages import parts
+from empathy_probes.tables import Cell
 
 LAYERS = list(range(-1, 8))
 MARGIN = 0.1
@@ -361,6 +364,88 @@ def test_a_blank_cell_says_why(rendered: str) -> None:
     assert re.search(rf'<td[^>]*title="{re.escape(why)}[^"]*">–</td>', rendered)
 
 
+KEEPING = {"join", "fromkeys", "tuple", "list", "set", "sorted"}  # calls that hand on the flags they get
+
+
+def literals(value: ast.expr, assigned: dict[str, list[ast.expr]]) -> Iterator[str]:
+    """Strings that an expression of flags may hold, also by way of variables; conditions say nothing."""
+    inner: Sequence[ast.expr] = ()
+    match value:
+        case ast.Constant(value=str(text)) | ast.JoinedStr(values=[ast.Constant(value=str(text)), *_]):
+            yield text
+        case ast.Name(id=name):
+            inner = assigned.pop(name, [])
+        case ast.List(elts=inner) | ast.Tuple(elts=inner) | ast.Set(elts=inner):
+            pass
+        case ast.Starred(value=one) | ast.ListComp(elt=one) | ast.GeneratorExp(elt=one):
+            inner = [one]
+        case ast.IfExp(body=one, orelse=other) | ast.BinOp(left=one, right=other):
+            inner = [one, other]
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=args) if name in KEEPING:
+            inner = args
+    for each in inner:
+        yield from literals(each, assigned)
+
+
+def written_flags(tree: ast.Module) -> set[str]:
+    """What reaches a variable, column, argument, field or function of flags; of a family the part before its number."""
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    arguments = {name: [a.arg for a in f.args.args if a.arg != "self"] for name, f in functions.items()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            fields = [part.target for part in node.body if isinstance(part, ast.AnnAssign)]
+            arguments[node.name] = [field.id for field in fields if isinstance(field, ast.Name)]
+    places = {name: names.index("flags") for name, names in arguments.items() if "flags" in names}
+    found: set[str] = set()
+    for function in functions.values():
+        assigned: dict[str, list[ast.expr]] = {}
+        flags: list[ast.expr] = [ast.Name("flags")]
+        for node in ast.walk(function):
+            match node:
+                case (
+                    ast.Assign(targets=[ast.Name(id=name)], value=value)
+                    | ast.AugAssign(target=ast.Name(id=name), value=value)
+                ):
+                    assigned.setdefault(name, []).append(value)
+                case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"), args=[value]):
+                    assigned.setdefault(name, []).append(value)
+                case ast.Assign(
+                    targets=[ast.Tuple(elts=[_, ast.Name(id="flags")])],
+                    value=ast.Call(func=ast.Name(id=name)),
+                ):
+                    returned = [r.value for r in ast.walk(functions[name]) if isinstance(r, ast.Return)]
+                    flags += [both.elts[1] for both in returned if isinstance(both, ast.Tuple)]
+                case ast.Dict(keys=keys, values=values):
+                    named = zip(keys, values, strict=True)
+                    flags += [v for k, v in named if isinstance(k, ast.Constant) and k.value == "flags"]
+                case ast.Call(func=ast.Name(id="flag_layers"), args=[ast.Dict(keys=keys)]):
+                    flags += [key for key in keys if key is not None]
+                case ast.Call(func=ast.Name(id=name), args=args) if name in places:
+                    flags += args[places[name] : places[name] + 1]
+                case ast.Return(value=ast.expr() as value) if "flags" in function.name:
+                    flags.append(value)
+            flags += [k.value for k in getattr(node, "keywords", ()) if k.arg == "flags"]
+        found |= {text for each in flags for text in literals(each, assigned) if text}
+    return found
+
+
+@pytest.fixture(scope="module")
+def written() -> set[str]:
+    """Flags that the package writes."""
+    sources = Path(report.__file__).parent.glob("*.py")
+    return set().union(*(written_flags(ast.parse(path.read_text(encoding="utf8"))) for path in sources))
+
+
+def test_every_flag_that_is_written_has_an_explanation(written: set[str]) -> None:
+    families = {flag for flag in written if flag.endswith("_")}
+    assert written - families - set(report.wording.FLAGS) == set()
+    assert families == {"window_"} and "3 blocks" in report.wording.explain("window_3")
+
+
+def test_every_explanation_is_that_of_a_flag_that_is_written(written: set[str]) -> None:
+    assert set(report.wording.FLAGS) - written == set()
+
+
 def test_a_hostile_name_is_harmless_everywhere() -> None:
     name = "<script>alert(1)</script><!--$\\frac{$&"  # also no valid formula
     text = report.render_report(make_study({name: ("<b>", "attenuated")}, templates=("raw",)))
@@ -606,6 +691,21 @@ def test_headings_sort_and_the_filter_filters(page: Page, rendered: str, tmp_pat
         "[...document.querySelectorAll('#rows tbody tr')].filter(r => !r.hidden).map(r => r.innerText)"
     )
     assert visible and all("valence" in row and "auroc" in row for row in visible)
+
+
+@browser
+def test_a_filter_filters_the_table_under_it(page: Page, rendered: str, tmp_path: Path) -> None:
+    """In a section that shows another table first."""
+    grid = parts().grid(["x"], [[Cell("one", "one")]], "detail")
+    box = '<label class="filter screen">'
+    (tmp_path / "report.html").write_text(
+        rendered.replace(box, f'<div id="detail">{grid}</div>{box}'), encoding="utf8"
+    )
+    page.open(tmp_path / "report.html", 1280, 900)
+    page.run("""(() => { const box = document.querySelector('#rows .filter input'); box.value = 'no such word';
+        box.dispatchEvent(new Event('input')); })()""")
+    assert page.run("[...document.querySelectorAll('#detail tbody tr')].map(r => r.hidden)") == [False]
+    assert page.run("[...document.querySelectorAll('#rows .tall tbody tr')].every(r => r.hidden)")
 
 
 @browser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -360,6 +361,14 @@ def test_an_interrupted_run_goes_on_and_another_one_is_refused(
     }
     with pytest.raises(InputError, match="other options"):
         run_calibration(replace(options, seed=1), out, workers=1)
+    # A base of the same name that was built anew has other weights.
+    rebuilt = tmp_path / "built" / "llama-0"
+    shutil.copytree(list_bases()["llama-0"], rebuilt)
+    (rebuilt / "rerouted.safetensors").write_bytes(b"other")
+    monkeypatch.setattr(calibration, "list_bases", lambda phantoms=None: {"llama-0": rebuilt})
+    with pytest.raises(InputError, match="of other bases"):
+        run_calibration(options, out, workers=1)
+    monkeypatch.setattr(calibration, "list_bases", list_bases)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
     with pytest.raises(InputError, match="is not empty"):
@@ -377,6 +386,13 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, int
         list_bases(tmp_path)
     with pytest.raises(InputError, match="no base 'llama-9', expected some of gpt2-0, llama-0"):
         calibrate(tmp_path / "x", bases=["llama-9"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="cannot be written"):
+        calibrate(tmp_path / "file" / "below", quick=True, workers=1)
+    # What `phantom` wrote is no base, whatever its name.
+    (tmp_path / "twin-a" / "base").mkdir(parents=True)
+    with pytest.raises(InputError, match="no phantom bases"):
+        list_bases(tmp_path)
 
 
 def test_chosen_bases_are_measured_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

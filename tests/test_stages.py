@@ -32,8 +32,9 @@ from empathy_probes.pairs import ModelPair, make_pair
 from empathy_probes.phantoms import load_phantom, load_phantom_concepts
 from empathy_probes.report import render_report
 from empathy_probes.sites import Site
-from empathy_probes.stages import QUESTIONS, RESULTS, STAGES, check_stages, plan_questions
+from empathy_probes.stages import QUESTIONS, RESULTS, STAGES, check_stages, load_result, plan_questions
 from empathy_probes.stimuli import ReadoutSpec, stimuli_from_rows
+from empathy_probes.store import open_store
 from empathy_probes.study import Study, load_study, run_study
 
 ANSWERS = {"answers": [[" red", " green"], [" blue"]]}
@@ -92,7 +93,10 @@ def test_interrupted_work_is_not_done_again(
     phantom_study: tuple[Study, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, folder = phantom_study
-    for name in ("stitching._hybrids", "expression.read_out"):
+    for name in (
+        "stitching._hybrids", "stitching.neutral_states", "expression.read_out", "patching.patched_readouts", "steering.respond",
+        "attribution.attribute_design",
+    ):  # fmt: skip
         monkeypatch.setattr(f"empathy_probes.{name}", lambda *_: pytest.fail("ran again"))
     names = ("valence", "conflict", "tense", "number", "place", "weather", "transport", "season")
     targets, controls = load_phantom_concepts(30, names=names)
@@ -101,6 +105,13 @@ def test_interrupted_work_is_not_done_again(
     )
     other = run_study(design, Settings(), folder / "again", stages=STAGES, store=str(folder / "store"))
     assert other.tables["stitching"].equals(study.tables["stitching"])
+    # Nor within a question: what single concepts gave is kept, only the answers as a whole are asked for anew.
+    store = open_store(str(folder / "store"))
+    monkeypatch.setattr("empathy_probes.attribution.attribute_design", lambda *_, **__: None)
+    for question in QUESTIONS:
+        if question.key not in ("attenuation", "attribution"):
+            again = question.answer(design, Settings(), store)
+            pd.testing.assert_frame_equal(again.to_frame(), study.result(question.key).to_frame())
 
 
 def test_stages_are_known_and_encode_is_always_among_them() -> None:
@@ -130,7 +141,7 @@ def test_results_of_other_models_make_no_study(phantom_study: tuple[Study, Path]
     study, _ = phantom_study
     coupling = study.result("coupling")
     foreign = replace(coupling, provenance={**coupling.provenance, "base": {"weights": "0"}})
-    with pytest.raises(Exception, match="different pairs of models"):
+    with pytest.raises(ProvenanceError, match="different pairs of models"):
         Study("mixed", (study.finding, foreign))
     with pytest.raises(InputError, match="expected attenuation among them"):
         Study("alone", (coupling,))
@@ -164,6 +175,11 @@ def test_a_study_of_every_result_that_a_notebook_measures_is_saved_loaded_and_re
     study.save(tmp_path / "study")
     again = load_study(tmp_path / "study")
     assert [r.key for r in again.results] == [r.key for r in results]
+    for result in results:
+        result.save(tmp_path / "one.safetensors")
+        loaded = load_result(tmp_path / "one.safetensors")
+        assert type(loaded) is type(result)
+        pd.testing.assert_frame_equal(loaded.to_frame(), result.to_frame())
     assert render_report(again) == render_report(study)
     assert cli.main(["report", str(tmp_path / "study")]) == 0
     page = (tmp_path / "study" / "report.html").read_text(encoding="utf8")

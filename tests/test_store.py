@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from empathy_probes.errors import InputError, StoreError
-from empathy_probes.store import SCHEMA_VERSION, Store, default_store_url, digest_of, load_record, save_record
+from empathy_probes.store import (
+    HEADER,
+    SCHEMA_VERSION,
+    Store,
+    default_store_url,
+    digest_of,
+    load_record,
+    save_record,
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,16 @@ def test_records_that_are_none_or_newer_or_foreign_are_refused(tmp_path: Path) -
     (tmp_path / "bad").write_bytes(b"not safetensors at all")
     with pytest.raises(StoreError, match="is no saved result"):
         load_record(tmp_path / "bad", TYPES)
+    with pytest.raises(StoreError, match="IsADirectoryError"):
+        load_record(tmp_path, TYPES)
+    # A vector's file has the same header and no record in it.
+    save_file(
+        {"direction": np.zeros((1, 2))},
+        tmp_path / "vector",
+        metadata={HEADER: json.dumps({"schema_version": 1})},
+    )
+    with pytest.raises(StoreError, match="load vectors with load_vector"):
+        load_record(tmp_path / "vector", TYPES)
     save_record(RECORD, tmp_path / "r")
     data = (tmp_path / "r").read_bytes()
     old, new = (

@@ -191,8 +191,6 @@ def test_a_generic_gain_shrinks_controls_as_well(concepts: dict[str, Concept]) -
 
 
 def test_what_is_trained_or_unknown_is_refused() -> None:
-    c = checkpoint("llama")
-    del c
     for family in (*TRAINED, "nonsense"):
         with pytest.raises(InputError, match="cannot be made from a checkpoint"):
             build_phantom(BASES["llama-0"] / "base", family=family, out="never")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import MAKERS, stimuli
+from conftest import WORDS, stimuli, tiny_llama, word_tokenizer
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from test_models import continued_by_hand, hooks_left
@@ -20,7 +21,6 @@ from empathy_probes.concepts import Concept
 from empathy_probes.directions import (
     ESTIMATORS,
     cross_fitted_directions,
-    difference_of_means,
     direction_cosine,
     fit_vector,
     pca_of_differences,
@@ -28,6 +28,7 @@ from empathy_probes.directions import (
 from empathy_probes.errors import EmpathyProbesError, InputError, StoreError
 from empathy_probes.interventions import add_vector, cap_component
 from empathy_probes.models import Model
+from empathy_probes.pairs import load_pair
 from empathy_probes.phantoms import load_phantom, load_phantom_concepts
 from empathy_probes.sites import Site
 from empathy_probes.stimuli import stimuli_from_rows
@@ -42,6 +43,7 @@ from empathy_probes.vectors import (
 
 TEXTS = ["the old man saw a red bird .", "a dog .", "there was rain and then the sun was very large ."]
 NEUTRAL = ["the man met a dog .", "rain and sun then night .", "a boat was there with the train ."]
+COLOURS = ("blue", "green", "red")
 # float32 sums of a few terms in another order.
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -294,14 +296,51 @@ def test_a_vector_fitted_in_a_model_is_the_one_of_its_finding(tmp_path: Path) ->
         fit_vector(pair.base, valence, [0], site="resid_pre", store=str(tmp_path / "store"))
 
 
-def test_categories_have_a_vector_each(tmp_path: Path, llama: Model) -> None:
+def colours(n: int) -> Concept:
+    """Random words with one of three colours among them, a text per colour in every scenario."""
+    rng, plain = np.random.default_rng(0), [word for word in WORDS if word not in COLOURS]
+    made = []
+    for s in range(n):
+        words = list(rng.choice(plain, int(rng.integers(4, 10))))
+        for colour in COLOURS:
+            text = " ".join([words[0], colour, *words[1:]])
+            made.append({"id": f"{s}-{colour}", "scenario": f"{s}", "text": text, "label": colour})
+    return Concept("colour", "target", "", "", "user", "", stimuli_from_rows(made, "colour"))
+
+
+def test_every_category_has_a_vector_that_is_its_contrast_with_the_others() -> None:
+    pair = load_pair(*((tiny_llama(seed), word_tokenizer()) for seed in (0, 1)), device="cpu")
+    concept, layers = colours(30), (1, 3)
+    options: dict[str, Any] = {"template": "raw", "store": "memory://categories"}
+    neutral = [item.text for item in stimuli(30).items]
+    finding = measure_attenuation(pair, concept, layers=layers, neutral=neutral, **options)
+    items = concept.stimuli.items
+    of = {colour: [i for i, item in enumerate(items) if item.label == colour] for colour in COLOURS}
+    for side, model in (("base", pair.base), ("aligned", pair.aligned)):
+        batch = model.tokenize([item.text for item in items])
+        with torch.inference_mode():
+            acts = model.run(batch, read=[Site(k) for k in layers]).acts
+        read = torch.arange(len(items)), batch.mask.sum(-1) - 1
+        states = np.stack([acts[Site(k)][read].numpy() for k in layers], 1)
+        means = {colour: states[of[colour]].mean(0) for colour in COLOURS}
+        found = {colour: finding.vector(side, category=colour) for colour in COLOURS}
+        for colour in COLOURS:
+            others = np.mean([means[other] for other in COLOURS if other != colour], 0)
+            np.testing.assert_allclose(found[colour].direction, means[colour] - others, **CLOSE)
+            assert (found[colour].category, found[colour].layers) == (colour, layers)
+            np.testing.assert_array_equal(
+                finding.vector(side, category=colour, layer=3).direction, found[colour].direction[1:]
+            )
+        for one, other in combinations(COLOURS, 2):
+            assert ((found[one].relative * found[other].relative).sum(-1) < 0.5).all()
+    for category in (None, "pink"):
+        with pytest.raises(InputError, match="expected one of blue, green, red"):
+            finding.vector("base", category=category)
+
+
+def test_a_concept_with_categories_has_no_single_vector(llama: Model) -> None:
     with pytest.raises(InputError, match="has categories"):
-        rows = [
-            {"id": f"{s}{y}", "scenario": s, "text": f"the {y} man {s}", "label": y}
-            for s in "ab"
-            for y in ("red", "blue")
-        ]
-        fit_vector(llama, Concept("colour", "target", "", "", "user", "", stimuli_from_rows(rows, "colour")))
+        fit_vector(llama, colours(2))
 
 
 # ---------------------------------------------------------------- files
@@ -395,7 +434,3 @@ def test_a_vector_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
         make_vector(np.ones((2, 4)), **wrong)
     with pytest.raises(InputError, match="not finite"):
         make_vector(np.full((1, 4), np.nan), (0,))
-
-
-def test_every_shape_of_model_is_tried() -> None:
-    assert set(MAKERS) == {"llama", "gpt2"} and difference_of_means.__name__ in ESTIMATORS

@@ -52,7 +52,7 @@
   document.querySelectorAll(".filter input").forEach(function (input) {
     input.addEventListener("input", function () {
       const wanted = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-      const table = input.closest("section").querySelector("table.data");
+      const table = input.closest("label").nextElementSibling.querySelector("table.data");
       for (const row of table.tBodies[0].rows) {
         const text = row.textContent.toLowerCase();
         row.hidden = !wanted.every(function (word) { return text.includes(word); });

@@ -5,8 +5,11 @@ Contrast vectors are simulated directly: D = signal + noise in d dimensions, the
 trace of the noise given as a multiple of the squared signal. Every table row is a proportion with its binomial
 95 % interval.
 
-    python scripts/simulations/coverage.py --replicates 1000 --seed 0 --out docs/simulations/coverage.csv
+    python scripts/simulations/coverage.py --replicates 500 --seed 0 --tables ratio --out ratio.csv
     python scripts/simulations/coverage.py --quick
+
+The shipped docs/simulations/coverage.csv was put together table by table, each with a number of replicates of its own:
+docs/simulations/README.md has the command of every table.
 """
 
 import argparse
