@@ -57,7 +57,8 @@ def expected_words(family: str, layer: int | None) -> dict[str, str]:
             **lost,
             **{question: word for question, word in repaired.items() if "base_into" in question},
         },
-        "local": {**kept, "encode": "attenuated", "verdict": "local"},
+        # A push before its block is weakened there like the concept itself, so nothing is expected of its gain.
+        "local": {"encode": "attenuated", "use": "kept", "express": "equivalent", "verdict": "local"},
         "unread": {**unused, "use": f"lost at {layer}", "verdict": "encoded_unread"},
         "unsaid": {**unused, "use": "lost at head", "verdict": "used_unsaid"},
     }.get(family, {})
