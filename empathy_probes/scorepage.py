@@ -52,7 +52,7 @@ def render_scorecard(card: Scorecard) -> str:
                 ("scenarios drawn from", f"{provenance['population']} of the planted concept, {provenance['others']} of each other"),
                 ("n", ", ".join(str(n) for n in provenance["sizes"])),
                 ("texts", f"anything but the concept differs between a scenario's texts with probability {provenance['nuisance']}; "
-                          f"a text shows a random label with probability {provenance['doubt']}"),
+                          f"a text shows a random label with probability {provenance['doubt']}; a fifth of both for local twins"),
                 ("multiplier draws", str(provenance["draws"])),
                 ("seed", str(provenance["seed"])),
             ],
