@@ -181,7 +181,7 @@ def _add_compare(commands: Any, anywhere: argparse.ArgumentParser) -> None:
         "--margin",
         type=float,
         default=0.10,
-        help="δ: a plain change beyond it counts, one within it is equivalent (default %(default)s; relative to controls .20 is)",
+        help="δ: the change that counts, and within which a plain one is equivalent (default %(default)s); one relative to controls is within .20",
     )
     compare.add_argument("--draws", type=int, default=1000, help="multiplier draws (default %(default)s)")
     compare.add_argument("--seed", type=int, default=0)

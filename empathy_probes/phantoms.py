@@ -73,7 +73,7 @@ VERDICTS = {
     "unread": "encoded_unread", "unsaid": "used_unsaid",
     "scaled_writes": "erased",
 }  # fmt: skip
-"""What the ledger should say of each family once all stages are run; of `local`, where it is said as in the base."""
+"""What the ledger should say of each family once all stages are run; of `local` where coupling says so."""
 SAID = 0.1
 """Share of the base's coupling by which that of a `local` twin may differ."""
 # The same text in two frames; both are words of the phantoms' grammar too.
@@ -216,7 +216,7 @@ def build_phantom(
         InputError: something cannot be done; nothing has been written then.
     """
     out = Path(out)
-    check_free(out)
+    _check_free(out)
     config, tensors, tokenizer = open_checkpoint(model)
     checkpoint = Checkpoint(config, tensors)
     asked = load_concept(concept) if isinstance(concept, str) else concept
@@ -288,12 +288,7 @@ def measure_truth(
             "the base does not carry '%s' detectably at block %d in these %d scenarios: the truth of the twin is unknown there; "
             "choose another block, concept or more scenarios", concept.name, layer, concept.stimuli.n_scenarios,
         )  # fmt: skip
-    verdict = None if unknown else VERDICTS.get(family)
-    if family == "local" and coupling is None:
-        verdict = None
-    elif family == "local" and coupling and abs(coupling["aligned"] / coupling["base"] - 1) > SAID:
-        # The answer is formed where the concept was taken.
-        verdict = "erased" if coupling["aligned"] < coupling["base"] else None
+    verdict = None if unknown else _local_verdict(coupling) if family == "local" else VERDICTS.get(family)
     return {
         "schema_version": 1, "family": family, "concept": concept.name if concept and family in NEED_CONCEPT else None,
         "layer": layer, "keep_intended": keep,
@@ -304,6 +299,16 @@ def measure_truth(
         "n_scenarios_other": max((c.stimuli.n_scenarios for c in others), default=0),
         **({"read": read} if read else {}), **({"coupling": coupling} if coupling else {}),
     }  # fmt: skip
+
+
+def _local_verdict(coupling: dict[str, float] | None) -> str | None:
+    """Whether a concept that is weaker where it is read is said as in the base; if less, the answer is formed at that place."""
+    if coupling is None:
+        return None
+    base, aligned = coupling["base"], coupling["aligned"]
+    if abs(aligned - base) <= SAID * abs(base):
+        return "local"
+    return "erased" if abs(aligned) < abs(base) else None
 
 
 def _coupling(pair: ModelPair, concept: Concept) -> dict[str, float] | None:
@@ -346,12 +351,8 @@ def _attenuation(pair: ModelPair, concept: Concept) -> dict[str, float | None]:
     return {str(i): round(float(x), 4) if np.isfinite(x) else None for i, x in zip(layers, lost, strict=True)}
 
 
-def check_free(out: Path) -> None:
-    """Refuse a place where something is or nothing can be written.
-
-    Raises:
-        InputError: so it is.
-    """
+def _check_free(out: Path) -> None:
+    """Refuse a place where something is or nothing can be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"'{out}' is there already, expected a new or empty folder; choose another --out")
     there = out.resolve()
@@ -362,7 +363,7 @@ def check_free(out: Path) -> None:
 
 def _write(out: Path, pair: Sequence[Checkpoint], tokenizers: Sequence[Any], truth: dict[str, Any]) -> Path:
     """Write a phantom whole or not at all."""
-    check_free(out)
+    _check_free(out)
     there = out.resolve()  # "." has no name to put a dot before
     unfinished = there.parent / f".{there.name}.{os.getpid()}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)

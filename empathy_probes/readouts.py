@@ -344,6 +344,7 @@ def ask_design(design: Design, concept: Concept, template: str, side: int) -> As
     # `shared` prompts are the aligned model's, for both.
     tokenizer = design.pair.models[1 if template == "shared" else side].tokenizer
     asked = ask(tokenizer, concept.stimuli, design.prompts[concept.name, template][side], style)
-    for model in design.pair.models:
+    # The template `own` is the only one under which a model does not see the other's prompts.
+    for model in design.pair.models if template != "own" else (design.pair.models[side],):
         check_length(model, asked)
     return asked

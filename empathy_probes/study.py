@@ -320,12 +320,10 @@ def _save_vectors(finding: Finding, folder: Path) -> None:
                 vector = finding.vector(model, m.concept, template=m.template, site=m.site, category=category)
                 name = m.concept if category is None else f"{m.concept}-{UNSAFE.sub('-', category)}"
                 path = folder / f"{name}.{model}.{m.template}.{m.site}.safetensors"
-                if (
-                    path.exists()
-                ):  # "good/joy" and "good joy", or a concept of the same name as another's category
-                    path = path.with_name(
-                        f"{name}-{digest_of([m.concept, category])[:8]}{path.name[len(name) :]}"
-                    )
+                # "good/joy" and "good joy", or a concept that is called like another's category.
+                if path.exists():
+                    unlike = digest_of([m.concept, category])[:8]
+                    path = path.with_name(f"{name}-{unlike}{path.name[len(name) :]}")
                 vector.save(path)
 
 
