@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.special import log_softmax
 
-from empathy_probes.leaving_out import DualProbe, LeftOut, joint_share, overcount
+from empathy_probes.leaving_out import DualProbe, LeftOut
 from empathy_probes.probes import N_FOLDS, from_their_mean
 from empathy_probes.stats import Curve, critical_t, grouped_folds
 
@@ -24,7 +24,7 @@ PENALTIES = (0.1, 10.0)
 # What is known of every unit: its loss; its influence on the mean loss (of a mean of numbers: the number less the mean);
 # and n times what it and another unit do to the mean loss together, beyond both alone.
 LOSS, INFLUENCE, PAIR = range(3)
-# Where pairs count this many times what influences do, half of that is taken off (`overcount`).
+# Where pairs count this many times what influences do, half of that is taken off (`_variance`).
 JOINT = 2.25
 
 
@@ -359,8 +359,12 @@ def _variance(known: Float[np.ndarray, "what=3 layer unit"]) -> Float[np.ndarray
     """Errors are scenarios read by chance and scenarios learnt from by chance: those of a mean of influences.
 
     From the spread of losses alone intervals were half as wide as needed where 40 scenarios teach some probes much and others
-    little.
+    little. What k scenarios do together influences count k times and pairs C(k, 2) times: with J and P, their sums of squares, the
+    variance lies between J² / (J + 2 P), by Cauchy and Schwarz, and J. Where between, planted pairs tell, which is not
+    where it is for readings (`stats.counted_once`): near J where P is small, near the other end where it is many times as much.
     """
-    less = known[INFLUENCE].shape[-1] - 1
-    share = joint_share(known[INFLUENCE] / less, known[PAIR])
-    return np.asarray(known[INFLUENCE].var(-1) / less / overcount(share, JOINT))
+    n = known.shape[-1]
+    single = known[INFLUENCE].var(-1) / (n - 1)
+    pairs = (n - 1) / (2 * n) * (known[PAIR] ** 2).mean(-1)
+    share = np.divide(pairs, single, out=np.zeros_like(pairs), where=single > 0)
+    return np.asarray(single / (1 + np.minimum((share / JOINT) ** 2, 2 * share)))

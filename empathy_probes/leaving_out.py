@@ -7,13 +7,13 @@ scenario is left out of everything. The dual solution of a ridge without some te
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int, Num
 from scipy.linalg import cho_solve
 
 from empathy_probes.probes import factor_gram, from_their_mean, signed_targets
+from empathy_probes.stats import Jackknife
 
 # Numbers held at once while units are left out.
 CHUNK = 2_000_000
@@ -103,28 +103,19 @@ class DualProbe:
         return np.asarray(-np.swapaxes(self.weights.T[index] * there[..., None], 1, 2) @ taken)
 
 
-@dataclass(frozen=True)
-class Without:
-    """A value of scores, and the same without units."""
-
-    alone: Float[np.ndarray, "read layer unit"]
-    """Without each unit, in the order of their first text: probes neither learn from it nor read it."""
-    joint: Float[np.ndarray, "read layer"]
-    """`joint_share` of it."""
-
-
 def leave_out(
     fitted: Float[np.ndarray, "n layer d"],
     reads: Sequence[Float[np.ndarray, "n layer d"]],
     labels: Num[np.ndarray, "contrast n"],
     folds: Int[np.ndarray, " n"],
     units: Sequence[str],
-    value: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    value: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
     seed: int = 0,
-) -> Without:
+) -> Jackknife:
     """What a value of `paired_scores` of each of `reads` would be without every unit in turn, all probes trained anew.
 
-    How it differs tells how far it errs, the luck of training included.
+    How it differs tells how far it errs, the luck of training included. Axes are read, layer and unit, in the order of their first text:
+    probes neither learn from it nor read it. All values of the same units and seed have the same pairs.
 
     Args:
         fitted: states that probes are trained on.
@@ -132,13 +123,13 @@ def leave_out(
         labels: one row per contrast.
         folds: fold of each text; texts of a unit share one.
         units: of each text.
-        value: of scores [... contrast n] and the labels of the same texts.
+        value: of scores [... contrast n], the labels, and which texts there are [... n]: 1, others 0.
         seed: which units make a pair.
     """
     left_out, targets = LeftOut(units, seed), signed_targets(labels)
     n, m = targets.shape
     held_out = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
-    alone, joint = [], []
+    wholes, alone, pairs = [], [], []
     for x, *others in zip(*from_their_mean(fitted, *reads), strict=True):
         gram = x @ x.T
         products = np.stack([read @ x.T for read in others])
@@ -158,12 +149,11 @@ def leave_out(
                 changed = probe.moves(texts) - _mean_moves(targets, probe, kept)
                 moved[:, :, probe.test] += changed.reshape(len(texts), len(reads), -1, m)
             moved = _told(moved)
-            for i, there in enumerate(kept > 0):
-                without[:, chunk.start + i] = value(moved[i][..., there], labels[:, there])
-        whole = value(_told(scores), labels)
+            without[:, chunk] = value(moved, labels, kept[:, None]).T
+        wholes.append(value(_told(scores), labels, np.ones((1, n))))
         alone.append(without[:, : left_out.n])
-        joint.append(joint_share(alone[-1], left_out.pairs(whole, without)))
-    return Without(np.stack(alone, 1), np.stack(joint, 1))
+        pairs.append(left_out.pairs(wholes[-1], without))
+    return Jackknife(*(np.stack(found, 1) for found in (wholes, alone, pairs)))
 
 
 def _told(scores: Float[np.ndarray, "*batch n m"]) -> Float[np.ndarray, "*batch m n"]:
@@ -177,24 +167,3 @@ def _mean_moves(
     """Change of the training mean, which a score of all its texts together would have."""
     there = kept[:, probe.train]
     return ((there @ targets[probe.train]) / there.sum(1, keepdims=True) - probe.mean)[:, None]
-
-
-def joint_share(
-    alone: Float[np.ndarray, "... unit"], pairs: Float[np.ndarray, "... unit"]
-) -> Float[np.ndarray, "..."]:
-    """How much pairs do together, against what single units do: both as sums of the variance that they make."""
-    n = alone.shape[-1]
-    single = (n - 1) * alone.var(-1)
-    both = (n - 1) / (2 * n) * (pairs**2).mean(-1)
-    return np.divide(both, single, out=np.zeros_like(both), where=single > 0)
-
-
-def overcount(share: Float[np.ndarray, "..."], joint: float) -> Float[np.ndarray, "..."]:
-    """By what the variance from leaving single units out is too large, for a `joint_share`.
-
-    What k units do together it counts k times (Efron and Stein 1981), and pairs count it C(k, 2) times. With J and P, the
-    variance lies between J² / (J + 2 P), by Cauchy and Schwarz, and J; where between, planted pairs tell (docs/simulations):
-    near J where P is small against it, near the other end where it is many times as much.
-    At a share of `joint`, half of J is left.
-    """
-    return 1 + np.minimum((share / joint) ** 2, 2 * share)

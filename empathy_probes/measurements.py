@@ -9,7 +9,7 @@ shuffled labels and random directions give.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
@@ -31,7 +31,7 @@ from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.errors import InputError
 from empathy_probes.geometry import map_variance, transfer, whitened_kernels, whitening_covariance
 from empathy_probes.kernels import cross_kernels, strength_kernels
-from empathy_probes.leaving_out import leave_out, overcount
+from empathy_probes.leaving_out import leave_out
 from empathy_probes.nulls import DRAWS, direction_gaps, largest_p, permutation_null
 from empathy_probes.probes import AREA_FACTOR, N_FOLDS, is_binary
 from empathy_probes.stats import (
@@ -48,14 +48,13 @@ from empathy_probes.stats import (
     leave_one_out_correlations,
     pair_variance,
     paired_difference,
+    smooth_auroc,
 )
 from empathy_probes.stimuli import LabelKind, StimulusSet
 
 TRANSFER_LOSS = 0.1
 """AUROC (grades: correlation) by which a probe of the other model must surely fall short to have failed."""
 BASE, ALIGNED = 0, 1
-# Where pairs of scenarios count this many times what single ones do to a reading, half of its variance is taken off (`overcount`).
-JOINT = 5.0
 # What a probe reads: its own model's states, the other's as they are, the other's carried over by the neutral-text map.
 OWN, PLAIN, MAPPED = 0, 1, 2
 
@@ -81,8 +80,8 @@ class Views:
     left_out: Float[np.ndarray, "fitted=2 read=3 layer unit"]
     """AUROC (grades: correlation) of each model's probe on its own states, the other's, and those mapped, without each
     scenario in turn, probes trained anew: from these the errors of readings across models are computed."""
-    joint: Float[np.ndarray, "fitted=2 read=3 layer"]
-    """How much scenarios do to it together (`leaving_out.joint_share`)."""
+    pairs: Float[np.ndarray, "fitted=2 read=3 layer unit"]
+    """What pairs of scenarios do to it together (`stats.Jackknife`)."""
     map_error: Float[np.ndarray, " layer"]
     """Share of neutral variance that the map misses on texts it was not fitted on."""
     shuffled_p: Float[np.ndarray, "model=2 layer"]
@@ -142,73 +141,62 @@ class Measurement:
         """How well the probe of one model (`BASE`, `ALIGNED`) tells the labels, with a 95 % interval.
 
         AUROC, its mean over categories, or the correlation with grades, of out-of-fold scores of `OWN` states, or of the other
-        model's, `PLAIN` or `MAPPED`. A probe may read another model's states by luck of its training, of which the texts
-        know nothing (intervals that took probes as given held the truth in .74): there all probes are trained anew
-        without each scenario.
+        model's, `PLAIN` or `MAPPED`. All probes are trained anew without each scenario: what they read depends on those they
+        learnt from, of which the texts they read know nothing.
         """
-        found, widen = self._jackknife(fitted, read, anew=read != OWN)
-        if read != OWN:
-            # Only here: what is taken off for a reading is not what is joint in a difference of two.
-            joint = self.views.joint[fitted, read].astype(np.float64)
-            found = replace(found, overcount=overcount(joint, JOINT))
-        return self._interval(found, widen)
+        return self._interval(self._jackknife(fitted, read))
 
     def reading_difference(self, first: tuple[int, int], second: tuple[int, int]) -> Curve:
         """Second reading minus the first, each given by the model whose probe it is and what that reads."""
-        anew = first[1] != OWN or second[1] != OWN
-        (one, widen), (other, _) = self._jackknife(*first, anew=anew), self._jackknife(*second, anew=anew)
-        pairs = 0.0 if anew else self._own_pairs
-        return self._difference(one, other, self._same(first, second), widen, pairs)
+        one, other = self._jackknife(*first), self._jackknife(*second)
+        if self.kind == "graded":
+            return paired_difference(one, other)
+        own = first[1] == second[1] == OWN  # the same whichever is taken from the other
+        scores = self._scores_of(*first), self._scores_of(*second)
+        return area_difference(one, other, *(self._own_pairwise if own else self._pairwise(*scores)))
 
     def reading_attenuation(self) -> tuple[Curve, Bool[np.ndarray, " layer"]]:
         """What d' of the two models' own AUROC has lost, and where both are at the ceiling; not for grades."""
-        (base, widen), (aligned, _) = (self._jackknife(fitted, OWN, anew=False) for fitted in (BASE, ALIGNED))
-        same = self._same((BASE, OWN), (ALIGNED, OWN))
-        return area_attenuation(base, aligned, same, widen, self._own_pairs)
+        base, aligned = (self._jackknife(fitted, OWN) for fitted in (BASE, ALIGNED))
+        return area_attenuation(base, aligned, *self._own_pairwise)
+
+    @cached_property
+    def _own_pairwise(self) -> tuple[Bool[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
+        return self._pairwise(*self.scores)
+
+    def _pairwise(
+        self,
+        one: Float[np.ndarray, "layer contrast item"],
+        other: Float[np.ndarray, "layer contrast item"],
+        *,
+        beyond_ramps: bool = True,
+    ) -> tuple[Bool[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
+        """Where two probes score all texts alike, and what single pairs of scenarios tell of the difference of their AUROC."""
+        same = np.asarray((one == other).all((-2, -1)))
+        return same, pair_variance(one, other, self.codes, self.item_units, beyond_ramps=beyond_ramps)
 
     def _scores_of(self, fitted: int, read: int) -> Float[np.ndarray, "layer contrast item"]:
         return self.scores[fitted] if read == OWN else self.views.transfer[read - PLAIN, fitted]
 
-    def _jackknife(self, fitted: int, read: int, *, anew: bool) -> tuple[Jackknife, float]:
-        """A reading without scenarios in turn, probes trained `anew` or as they are, and by what its interval is widened."""
+    def _jackknife(self, fitted: int, read: int) -> Jackknife:
         scores = self._scores_of(fitted, read)
-        if anew:
-            left_out = self.views.left_out[fitted, read].astype(np.float64)
-            return Jackknife(_reading(scores, self.codes), left_out), 1.0
-        return self._leave_one_out(scores), AREA_FACTOR
+        value = (
+            correlation(scores[..., 0, :], self.labels)
+            if self.kind == "graded"
+            else auroc(scores, self.codes)
+        )
+        left_out, pairs = (
+            x[fitted, read].astype(np.float64) for x in (self.views.left_out, self.views.pairs)
+        )
+        return Jackknife(value, left_out, pairs)
+
+    def _interval(self, found: Jackknife, widen: float = 1.0) -> Curve:
+        return fisher_interval(found, widen) if self.kind == "graded" else area_interval(found, widen)
 
     def _leave_one_out(self, scores: Float[np.ndarray, "layer contrast item"]) -> Jackknife:
         if self.kind == "graded":
             return leave_one_out_correlations(scores[..., 0, :], self.labels, self.item_units)
         return leave_one_out(scores, self.codes, self.item_units)
-
-    def _interval(self, found: Jackknife, widen: float) -> Curve:
-        return fisher_interval(found, widen) if self.kind == "graded" else area_interval(found, widen)
-
-    @cached_property
-    def _own_pairs(self) -> Float[np.ndarray, " layer"] | float:
-        # Of both models' own probes; it is the same whichever is taken from the other.
-        return self._pair_variance(*self.scores)
-
-    def _pair_variance(
-        self, one: Float[np.ndarray, "layer contrast item"], other: Float[np.ndarray, "layer contrast item"]
-    ) -> Float[np.ndarray, " layer"] | float:
-        return 0.0 if self.kind == "graded" else pair_variance(one, other, self.codes, self.item_units)
-
-    def _difference(
-        self,
-        one: Jackknife,
-        other: Jackknife,
-        same: Bool[np.ndarray, " layer"],
-        widen: float,
-        pairs: Float[np.ndarray, " layer"] | float,
-    ) -> Curve:
-        if self.kind == "graded":
-            return paired_difference(one, other, widen)
-        return area_difference(one, other, same, widen, pairs)
-
-    def _same(self, first: tuple[int, int], second: tuple[int, int]) -> Bool[np.ndarray, " layer"]:
-        return np.asarray((self._scores_of(*first) == self._scores_of(*second)).all((-2, -1)))
 
     @cached_property
     def lexical(self) -> Curve:
@@ -247,9 +235,10 @@ class Measurement:
         """Layers at which the base's probe exceeds the bag of words beyond chance."""
         words = np.broadcast_to(self.text_scores, self.scores[0].shape)
         one, other = (self._leave_one_out(scores) for scores in (words, self.scores[0]))
-        same = (words == self.scores[0]).all((-2, -1))
-        pairs = self._pair_variance(words, self.scores[0])
-        return self._difference(one, other, same, AREA_FACTOR, pairs).lower > 0
+        if self.kind == "graded":
+            return np.asarray(paired_difference(one, other, AREA_FACTOR).lower > 0)
+        pairwise = self._pairwise(words, self.scores[0], beyond_ramps=False)
+        return np.asarray(area_difference(one, other, *pairwise, AREA_FACTOR).lower > 0)
 
 
 def measure_concept(
@@ -414,7 +403,7 @@ def _views(
     def both(values: list[np.ndarray]) -> np.ndarray:
         return np.ascontiguousarray([values[i] for i in sides], np.float32)
 
-    left_out, joint = _left_out(normalised, codes, folds, units, carried, seed, same_model)
+    left_out, pairs = _left_out(normalised, codes, folds, units, carried, seed, same_model)
     whitening = whitening_covariance((differences[0], differences[sides[1]]), (neutral[0], neutral[sides[1]]))
     return Views(
         whitened=both(whitened),
@@ -427,7 +416,7 @@ def _views(
         fine_losses=both(fine_losses),
         transfer=np.ascontiguousarray([plain, mapped]),
         left_out=np.ascontiguousarray(left_out, np.float32),
-        joint=np.ascontiguousarray(joint, np.float32),
+        pairs=np.ascontiguousarray(pairs, np.float32),
         map_error=np.zeros_like(carried.error) if same_model else carried.error,
         shuffled_p=both(shuffled_p),
         random_p=both(random),
@@ -443,15 +432,25 @@ def _left_out(
     carried: NeutralMap,
     seed: int,
     same_model: bool,
-) -> tuple[Float[np.ndarray, "fitted=2 read=3 layer unit"], Float[np.ndarray, "fitted=2 read=3 layer"]]:
+) -> list[Float[np.ndarray, "fitted=2 read=3 layer unit"]]:
     base, aligned = normalised
     sides = [(base, [base])] if same_model else [
         (base, [base, aligned, carried.backward(aligned)]), (aligned, [aligned, base, carried.forward(base)])
     ]  # fmt: skip
-    found = [leave_out(fitted, reads, codes, folds, units, _reading, seed) for fitted, reads in sides]
-    alone, joint = (np.stack(part) for part in zip(*((x.alone, x.joint) for x in found), strict=True))
-    shape = 2, 3, *joint.shape[2:]
-    return np.broadcast_to(alone, (*shape, alone.shape[-1])), np.broadcast_to(joint, shape)
+    found = [leave_out(fitted, reads, codes, folds, units, smooth_reading, seed) for fitted, reads in sides]
+    both = [np.stack(part) for part in zip(*((x.left_out, x.pairs) for x in found), strict=True)]
+    return [np.broadcast_to(x, (2, 3, *x.shape[2:])) for x in both]
+
+
+def smooth_reading(
+    scores: Float[np.ndarray, "*batch contrast n"],
+    codes: Num[np.ndarray, "contrast n"],
+    kept: Float[np.ndarray, "*#batch n"],
+) -> Float[np.ndarray, "*batch"]:
+    """What is left out of to tell how far a reading errs: `smooth_auroc` of the texts `kept`, or their correlation with grades."""
+    if is_binary(codes):
+        return smooth_auroc(scores, codes.astype(int), kept)
+    return correlation(scores[..., 0, :], codes[0], kept)
 
 
 def _reading(scores: np.ndarray, codes: np.ndarray) -> np.ndarray:

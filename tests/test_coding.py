@@ -135,16 +135,17 @@ def test_macro_auroc_is_scikit_learns() -> None:
     assert (m.reading_difference((BASE, OWN), (ALIGNED, OWN)).value == 0).all()
 
 
-def test_what_scenarios_do_jointly_is_taken_off_a_transfer_and_not_off_a_difference_of_two() -> None:
+def test_what_scenarios_do_jointly_is_taken_off_readings_and_off_differences_of_two() -> None:
     base = states(60, [0.9 * np.eye(WIDTH)[:2]])
     m = measured(concept_of([0, 1]), base, base + states(60, [0.3 * np.eye(WIDTH)[:2]], 0.5, seed=1))
-    none = replace(m, views=replace(m.views, joint=np.zeros_like(m.views.joint)))
-    assert (m.views.joint[BASE, PLAIN] > 1).all()
-    for read in (PLAIN, MAPPED):
-        less, plain = m.reading(BASE, read), none.reading(BASE, read)
-        assert (less.upper - less.lower < 0.99 * (plain.upper - plain.lower)).all()
-        one, other = (x.reading_difference((ALIGNED, OWN), (BASE, read)) for x in (m, none))
-        np.testing.assert_array_equal([one.lower, one.upper], [other.lower, other.upper])
+    none = replace(m, views=replace(m.views, pairs=np.zeros_like(m.views.pairs)))
+    assert (m.views.pairs != 0).all()
+    for read in (OWN, PLAIN, MAPPED):
+        curves = [
+            (x.reading(BASE, read), x.reading_difference((ALIGNED, OWN), (BASE, read))) for x in (m, none)
+        ]
+        for less, plain in zip(*curves, strict=True):
+            assert (less.upper - less.lower < 0.99 * (plain.upper - plain.lower)).all()
 
 
 def test_bits_of_grades_are_the_information_of_a_normal_channel() -> None:

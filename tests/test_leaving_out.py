@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from empathy_probes.leaving_out import DualProbe, LeftOut, joint_share, leave_out, overcount
+from empathy_probes.leaving_out import DualProbe, LeftOut, leave_out
 from empathy_probes.probes import AREA_FACTOR, paired_scores
-from empathy_probes.stats import Jackknife, area_interval, auroc, auroc_interval, correlation, grouped_folds
+from empathy_probes.stats import (
+    Jackknife,
+    area_interval,
+    auroc,
+    auroc_interval,
+    correlation,
+    counted_once,
+    grouped_folds,
+    smooth_auroc,
+)
 
 
 def test_a_probes_scores_without_some_texts_are_those_of_one_that_never_saw_them() -> None:
@@ -44,11 +53,11 @@ def graded(n: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, l
     return states, grades[None], units
 
 
-def pearson(scores: np.ndarray, grades: np.ndarray) -> np.ndarray:
-    return correlation(scores[..., 0, :], grades[0])
+def pearson(scores: np.ndarray, grades: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    return correlation(scores[..., 0, :], grades[0], kept)
 
 
-@pytest.mark.parametrize(("data", "value"), [(binary, auroc), (graded, pearson)])
+@pytest.mark.parametrize(("data", "value"), [(binary, smooth_auroc), (graded, pearson)])
 @pytest.mark.parametrize("width", [90, 6])
 def test_a_value_without_a_unit_is_that_of_fitting_and_reading_without_it(data, value, width: int) -> None:
     n = 24
@@ -56,28 +65,32 @@ def test_a_value_without_a_unit_is_that_of_fitting_and_reading_without_it(data, 
     other = states + np.random.default_rng(3).normal(size=states.shape)
     folds = grouped_folds(units, 5, 0)
     found = leave_out(states, [states, other], labels, folds, units, value)
-    assert found.alone.shape == (2, 2, n) and found.joint.shape == (2, 2)
-    whole = np.stack([value(paired_scores(states, x, labels, folds), labels) for x in (states, other)])
-    without = np.empty_like(found.alone)
+    assert found.left_out.shape == found.pairs.shape == (2, 2, n)
+    everything = np.ones(len(units))
+    whole = np.stack(
+        [value(paired_scores(states, x, labels, folds), labels, everything) for x in (states, other)]
+    )
+    np.testing.assert_allclose(found.value, whole)
+    without = np.empty_like(found.left_out)
     for i, unit in enumerate(dict.fromkeys(units)):
         kept = np.array([name != unit for name in units])
         for read, x in enumerate((states, other)):
             scores = paired_scores(states[kept], x[kept], labels[:, kept], folds[kept])
-            without[read, :, i] = value(scores, labels[:, kept])
+            without[read, :, i] = value(scores, labels[:, kept], everything[kept])
     # Penalties are a share of the training texts' spread, which moves a little with them.
     moved = without - whole[..., None]
-    assert abs(found.alone - without).max() < 0.1 * abs(moved).max() + 1e-3
-    assert np.corrcoef((found.alone - whole[..., None]).ravel(), moved.ravel())[0, 1] > 0.99
+    assert abs(found.left_out - without).max() < 0.1 * abs(moved).max() + 1e-3
+    assert np.corrcoef((found.left_out - whole[..., None]).ravel(), moved.ravel())[0, 1] > 0.99
 
 
-@pytest.mark.parametrize(("data", "value", "nothing"), [(binary, auroc, 0.5), (graded, pearson, 0.0)])
+@pytest.mark.parametrize(("data", "value", "nothing"), [(binary, smooth_auroc, 0.5), (graded, pearson, 0.0)])
 def test_states_that_are_all_the_same_read_nothing_without_any_unit(data, value, nothing: float) -> None:
     states, labels, units = data(24, 6)
     states[:, 0] = 0.7
     folds = grouped_folds(units, 5, 0)
     found = leave_out(states, [states], labels, folds, units, value)
-    assert (found.alone[0, 0] == nothing).all() and found.joint[0, 0] == 0
-    assert (found.alone[0, 1] != nothing).all() and found.joint[0, 1] > 0
+    assert (found.left_out[0, 0] == nothing).all() and (found.pairs[0, 0] == 0).all()
+    assert (found.left_out[0, 1] != nothing).all() and (found.pairs[0, 1] != 0).all()
 
 
 def test_pairs_do_together_what_the_values_without_them_say() -> None:
@@ -96,15 +109,28 @@ def test_pairs_do_together_what_the_values_without_them_say() -> None:
     assert np.corrcoef(product, both)[0, 1] > 0.9
 
 
-def test_what_is_done_jointly_is_counted_between_once_and_twice_its_share() -> None:
-    share = np.array([0.0, 0.1, 2.5, 5.0, 1000.0])
-    np.testing.assert_allclose(overcount(share, 5.0)[[0, 3, 4]], [1.0, 2.0, 2001.0])
-    assert (np.diff(overcount(share, 2.5)) > 0).all()
-    # Single units move it by one each, and pairs do nothing or as much again.
-    alone = np.tile([1.0, -1.0], 10)
-    assert joint_share(alone, np.zeros(20)) == 0
-    assert joint_share(alone, 19 * alone) == pytest.approx(19 / 40 * 19)
-    assert joint_share(np.zeros(20), alone) == 0
+def test_what_is_done_jointly_is_counted_between_once_and_as_often_as_it_may_be() -> None:
+    pairs = np.array([0.0, 0.1, 2.0, 1000.0])
+    share = counted_once(np.ones(4), pairs)
+    np.testing.assert_allclose(share[[0, 2]], [1.0, 0.5])
+    assert (np.diff(share) < 0).all() and (share >= 1 / (1 + 2 * pairs)).all()
+    assert counted_once(np.zeros(1), np.zeros(1)) == 1 and counted_once(np.zeros(1), np.ones(1)) == 0
+    # Single units move it by one each, and pairs do nothing or 19 times as much.
+    alone = np.tile([1.0, -1.0], (1, 10))
+    single = Jackknife(np.zeros(1), alone, np.zeros((1, 20))).variance
+    assert single == Jackknife(np.zeros(1), alone).variance == 19
+    assert Jackknife(np.zeros(1), alone, 19 * alone).variance == pytest.approx(19 / (1 + 19 / 40 * 19 / 2))
+
+
+def test_the_variance_of_a_difference_has_pairs_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    one = Jackknife(np.array([0.8]), rng.standard_normal((1, 20)), rng.standard_normal((1, 20)))
+    gone = one - one
+    assert gone.value == 0 and gone.variance == 0
+    plain = Jackknife(np.array([0.7]), rng.standard_normal((1, 20)))
+    assert (one - plain).pairs is None
+    other = Jackknife(np.array([0.7]), one.left_out + 1, one.pairs + 3)
+    assert (other - one).left_out.var() < 1e-30 and ((other - one).pairs == pytest.approx(3))
 
 
 def test_the_luck_of_a_probe_with_states_it_was_not_made_for_is_in_its_interval() -> None:
@@ -119,8 +145,8 @@ def test_the_luck_of_a_probe_with_states_it_was_not_made_for_is_in_its_interval(
     aligned[..., 1] += 4 * labels[:, None]
     scores = paired_scores(base, aligned, labels[None], folds)[:, 0]
     value = auroc(scores, labels)
-    found = leave_out(base, [aligned], labels[None], folds, units, auroc)
-    anew = area_interval(Jackknife(value, found.alone[0], overcount(found.joint[0], 5.0)))
+    found = leave_out(base, [aligned], labels[None], folds, units, smooth_auroc)
+    anew = area_interval(Jackknife(value, found.left_out[0], found.pairs[0]))
     fixed = auroc_interval(scores, labels, units, AREA_FACTOR)
     held = [((c.lower <= value.mean()) & (value.mean() <= c.upper)).mean() for c in (anew, fixed)]
     assert 0.9 < held[0] < 0.995 and held[1] < 0.8

@@ -7,16 +7,24 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
-from empathy_probes import stats
+from empathy_probes.leaving_out import leave_out
 from empathy_probes.probes import (
-    AREA_FACTOR,
     count_words,
     counted_scores,
     cross_fitted_scores,
     lexical_scores,
     paired_scores,
 )
-from empathy_probes.stats import auroc, auroc_difference, binomial_interval, grouped_folds
+from empathy_probes.stats import (
+    Jackknife,
+    area_difference,
+    area_interval,
+    auroc,
+    binomial_interval,
+    grouped_folds,
+    pair_variance,
+    smooth_auroc,
+)
 
 
 def data(n: int = 60, seed: int = 0, width: int = 90) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
@@ -145,25 +153,25 @@ def test_a_floor_equals_scikit_learns_vectorizer_fitted_on_the_training_folds(ch
     np.testing.assert_allclose(counted_scores(counts, labels[None], units, 7)[0], expected, atol=1e-12)
 
 
-def test_two_probes_that_learnt_from_the_same_scenarios_share_the_luck_of_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_two_probes_that_learnt_from_the_same_scenarios_share_the_luck_of_it() -> None:
     rng = np.random.default_rng(2)
-    n, draws, width = 40, 400, 24
+    n, draws, width = 40, 300, 24
     labels, units = np.tile([0, 1], n), [str(i // 2) for i in range(2 * n)]
     folds = grouped_folds(units, 5)
     shared, *own = rng.standard_normal((3, 2 * n, draws, width))
     models = [np.sqrt(0.8) * shared + np.sqrt(0.2) * x for x in own]
     for states, gap in zip(models, (1.5, 0.6), strict=True):
         states[..., 0] += gap * labels[:, None]
-    base, aligned = (cross_fitted_scores(x, labels[None], folds)[:, 0] for x in models)
-    found = {}
-    for luck in (0.0, stats.LUCK, 1.0):
-        monkeypatch.setattr(stats, "LUCK", luck)
-        found[luck] = auroc_difference(base, aligned, labels, units, AREA_FACTOR)
-    small, curve, large = found.values()
+    scores = [cross_fitted_scores(x, labels[None], folds) for x in models]
+    pair = []
+    for x, read in zip(models, scores, strict=True):
+        found = leave_out(x, [x], labels[None], folds, units, smooth_auroc)
+        pair.append(Jackknife(auroc(read, labels[None]), found.left_out[0], found.pairs[0]))
+    pairs = pair_variance(*scores, labels[None], units, beyond_ramps=True)
+    curve = area_difference(*pair, np.zeros(draws, bool), pairs)
     truth = curve.value.mean()
     held = binomial_interval(int(((curve.lower <= truth) & (truth <= curve.upper)).sum()), draws)
-    assert held.upper > 0.93 and held.lower < 0.97
-    assert (large.upper - large.lower > curve.upper - curve.lower).all()
-    assert (small.upper - small.lower < curve.upper - curve.lower).all()
+    assert held.upper > 0.93 and held.lower < 0.98
+    alone = [area_interval(x) for x in pair]
+    reach = np.sqrt(sum((x.upper - x.lower) ** 2 for x in alone))
+    assert (curve.upper - curve.lower < 0.95 * reach).mean() > 0.95

@@ -30,6 +30,7 @@ from empathy_probes.stats import (
     auroc_difference,
     auroc_interval,
     binomial_interval,
+    correlation,
     correlation_interval,
     fieller_ratio,
     grouped_folds,
@@ -38,6 +39,7 @@ from empathy_probes.stats import (
     leave_one_out,
     pair_variance,
     skewed_critical,
+    smooth_auroc,
     studentised_sums,
     unit_signs,
     widened,
@@ -431,6 +433,38 @@ def test_auroc_equals_scikit_learns(shift: float, ties: bool):
     scores, labels, _ = scored(0, shift, ties=ties)
     expected = [roc_auc_score(labels, row) for row in scores]
     np.testing.assert_allclose(auroc(scores, labels), expected, rtol=1e-12)
+
+
+def test_smooth_auroc_is_the_mean_of_ramps_over_the_pairs_that_are_kept():
+    rng = np.random.default_rng(0)
+    labels = np.stack([np.arange(60) % 3 == c for c in range(3)]).astype(int)
+    scores = np.round(rng.standard_normal((4, 3, 60)) + labels, 1)  # with ties
+    kept = np.ones((4, 60))
+    kept[1, :7] = kept[2, 30:31] = 0
+    found = smooth_auroc(scores, labels, kept)
+    for i in range(4):
+        areas = []
+        for row, x in zip(labels, scores[i], strict=True):
+            one, zero = (x[(row == label) & (kept[i] == 1)] for label in (1, 0))
+            m = len(one) + len(zero)
+            ramp = np.sqrt(3 * (len(one) * one.var() + len(zero) * zero.var()) / m) * m ** (-1 / 3)
+            areas.append(np.clip(((one[:, None] - zero) / ramp + 1) / 2, 0, 1).mean())
+        assert found[i] == pytest.approx(np.mean(areas), abs=1e-12)
+    assert abs(found - auroc(scores, labels))[0] < 0.02
+
+
+def test_smooth_auroc_of_scores_that_do_not_vary_within_labels_is_one_or_a_half():
+    labels = np.tile([0, 1], 20)[None]
+    kept = np.ones((1, 40))
+    assert smooth_auroc(labels[None].astype(float), labels, kept) == pytest.approx(1, abs=1e-9)
+    assert smooth_auroc(np.full((1, 1, 40), 0.3), labels, kept) == 0.5
+
+
+def test_correlation_of_what_is_kept_is_that_of_nothing_else():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 30)), rng.standard_normal(30)
+    kept = (np.arange(30) % 4 > 0).astype(float)
+    np.testing.assert_allclose(correlation(x, y, kept), correlation(x[:, kept > 0], y[kept > 0]))
 
 
 def test_auroc_interval_rests_on_leaving_whole_scenarios_out():

@@ -25,17 +25,23 @@ from empathy_probes.bits import (
     grade_entropy,
 )
 from empathy_probes.coding import coarse_numbers, contrast_codes
-from empathy_probes.probes import AREA_FACTOR, cross_fitted_scores, paired_t
+from empathy_probes.leaving_out import leave_out
+from empathy_probes.measurements import smooth_reading
+from empathy_probes.probes import cross_fitted_scores, paired_t
 from empathy_probes.rows import scenario_slopes
 from empathy_probes.stats import (
     Curve,
-    auroc_difference,
-    auroc_interval,
+    Jackknife,
+    area_difference,
+    area_interval,
+    auroc,
     binomial_interval,
-    correlation_difference,
-    correlation_interval,
+    correlation,
     critical_t,
+    fisher_interval,
     grouped_folds,
+    pair_variance,
+    paired_difference,
 )
 from empathy_probes.stimuli import LabelKind
 
@@ -88,16 +94,25 @@ def readings(kind: LabelKind, states: np.ndarray, labels: np.ndarray, units: lis
             found[f"{name} base"] = bits(base, whole)
             found[f"{name} difference"] = bits_difference(base, aligned)
     codes = contrast_codes(kind, labels)
-    base, aligned = (cross_fitted_scores(x, codes, folds) for x in states)
+    scores = [cross_fitted_scores(x, codes, folds) for x in states]
+    left_out = [leave_out(x, [x], codes, folds, units, smooth_reading) for x in states]
+    values = [
+        correlation(x[:, 0], labels) if kind == "graded" else auroc(x, codes.astype(int)) for x in scores
+    ]
+    base, aligned = (
+        Jackknife(value, without.left_out[0], without.pairs[0])
+        for value, without in zip(values, left_out, strict=True)
+    )
     if kind == "graded":
-        base, aligned = base[:, 0], aligned[:, 0]
-        found["correlation base"] = correlation_interval(base, labels, units, AREA_FACTOR)
-        found["correlation difference"] = correlation_difference(base, aligned, labels, units, AREA_FACTOR)
-        slopes = [scenario_slopes(x, labels, units) for x in (base, aligned)]
+        found["correlation base"] = fisher_interval(base)
+        found["correlation difference"] = paired_difference(base, aligned)
+        slopes = [scenario_slopes(x[:, 0], labels, units) for x in scores]
         found["slope base"], found["slope difference"] = paired_t(slopes[0]), paired_t(slopes[1] - slopes[0])
     else:
-        found["auroc base"] = auroc_interval(base, codes.astype(int), units, AREA_FACTOR)
-        found["auroc difference"] = auroc_difference(base, aligned, codes.astype(int), units, AREA_FACTOR)
+        same = np.zeros(len(values[0]), bool)
+        found["auroc base"] = area_interval(base)
+        pairs = pair_variance(scores[0], scores[1], codes.astype(int), units, beyond_ramps=True)
+        found["auroc difference"] = area_difference(base, aligned, same, pairs)
     return found
 
 

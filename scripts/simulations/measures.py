@@ -1,0 +1,88 @@
+"""Do intervals of the secondary measures cover where texts differ in little but the concept?  Twins at several noise levels.
+
+What is compared is what the scorecard compares, with all, a fifth and none of its nuisance and doubt: rules that hold where anything
+may differ between the two texts of a scenario need not hold for minimal pairs. `factor` is by how much the mean interval should be
+wider: the standard deviation over redraws, divided by the mean half width over the quantile of t.
+
+    python scripts/simulations/measures.py --out docs/simulations/measures.csv [--sizes 40] [--redraws 100]
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from empathy_probes.calibration import Options, Twin, exhibit
+from empathy_probes.secondary import MEASURES, proportions, read_redraws
+from empathy_probes.stats import binomial_interval, critical_t
+
+NOISES = (1.0, 0.2, 0.0)
+
+
+def twins_of(base: str) -> list[Twin]:
+    """Twins whose readings differ much, little, and by where they are read from."""
+    return [
+        Twin(base, "planted", "valence", 3, 0.25),
+        Twin(base, "planted", "valence", 2, 0.75),
+        Twin(base, "unread", "valence", 1),
+        Twin(base, "local", "valence", 3, 0.25),
+    ]
+
+
+def rows_of(twin: Twin, noise: float, n: int, redraws: int) -> Iterator[dict[str, object]]:
+    """Coverage and factor of every measure."""
+    card = Options((twin,))
+    # A local twin's own factor is in the options already.
+    shown = exhibit(
+        twin,
+        replace(card, nuisance=card.nuisance * noise / twin.noise, doubt=card.doubt * noise / twin.noise),
+    )
+    found = read_redraws(shown, n, redraws)
+    shorter = np.sqrt(1 - n / found.population)
+    for i, (measure, column) in enumerate(MEASURES):
+        entries = proportions([found], i)
+        value, lower, upper = np.moveaxis(found.values[:, i].astype(np.float64), -1, 0)
+        half = np.nanmean(upper - lower) / 2 / critical_t(n - 1)
+        share = binomial_interval(int(entries.sum()), len(entries)) if len(entries) else None
+        yield {
+            "twin": twin.key, "noise": noise, "n": n, "measure": f"{measure}_{column}", "redraws": len(entries),
+            "truth": f"{found.truth[i]:.3f}",
+            "coverage": "" if share is None else f"{share.value:.3f}",
+            "lower": "" if share is None else f"{share.lower:.3f}",
+            "upper": "" if share is None else f"{share.upper:.3f}",
+            "factor": f"{np.nanstd(value) / shorter / half:.2f}" if half > 0 else "",
+        }  # fmt: skip
+
+
+def main() -> int:
+    """Print the table, and write it with --out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bases", nargs="+", default=["llama-0", "gpt2-0"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[40])
+    parser.add_argument("--noises", nargs="+", type=float, default=list(NOISES))
+    parser.add_argument("--redraws", type=int, default=100)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for n in options.sizes:
+        for noise in options.noises:
+            for twin in [twin for base in options.bases for twin in twins_of(base)]:
+                for row in rows_of(twin, noise, n, options.redraws):
+                    rows.append(row)
+                    print(*row.values(), flush=True)
+    if options.out:
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
