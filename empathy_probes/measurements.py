@@ -78,8 +78,8 @@ class Views:
     transfer: Float[np.ndarray, "mapped=2 fitted=2 layer contrast item"]
     """Out-of-fold scores of each model's probe on the other's states, plain and mapped."""
     left_out: Float[np.ndarray, "fitted=2 read=3 layer unit"]
-    """AUROC (grades: correlation) of each model's probe on its own states, the other's, and those mapped, without each
-    scenario in turn, probes trained anew: from these the errors of readings across models are computed."""
+    """`smooth_reading` of each model's probe on its own states, the other's, and those mapped, without each scenario in turn,
+    probes trained anew: from these the errors of readings and of their differences are computed."""
     pairs: Float[np.ndarray, "fitted=2 read=3 layer unit"]
     """What pairs of scenarios do to it together (`stats.Jackknife`)."""
     map_error: Float[np.ndarray, " layer"]

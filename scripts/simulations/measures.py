@@ -1,6 +1,6 @@
-"""Do intervals of the secondary measures cover where texts differ in little but the concept?  Twins at several noise levels.
+"""Do intervals of the secondary measures cover where texts differ in little but the concept?  Twins at two noise levels.
 
-What is compared is what the scorecard compares, with all, a fifth and none of its nuisance and doubt: rules that hold where anything
+What is compared is what the scorecard compares, with all and a fifth of its nuisance and doubt: rules that hold where anything
 may differ between the two texts of a scenario need not hold for minimal pairs. `factor` is by how much the mean interval should be
 wider: the standard deviation over redraws, divided by the mean half width over the quantile of t.
 
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from empathy_probes.calibration import Options, Twin, exhibit
-from empathy_probes.secondary import MEASURES, proportions, read_redraws
+from empathy_probes.secondary import MEASURES, Exhibit, proportions, read_redraws
 from empathy_probes.stats import binomial_interval, critical_t
 
-NOISES = (1.0, 0.2, 0.0)
+NOISES = (1.0, 0.2)
 
 
 def twins_of(base: str) -> list[Twin]:
@@ -33,14 +33,17 @@ def twins_of(base: str) -> list[Twin]:
     ]
 
 
+def at_noise(twin: Twin, noise: float) -> Exhibit:
+    """What the scorecard compares of it, with so much of the scorecard's nuisance and doubt."""
+    card = Options((twin,))
+    # A local twin's own factor is in what the options make of it.
+    factor = noise / twin.noise
+    return exhibit(twin, replace(card, nuisance=card.nuisance * factor, doubt=card.doubt * factor))
+
+
 def rows_of(twin: Twin, noise: float, n: int, redraws: int) -> Iterator[dict[str, object]]:
     """Coverage and factor of every measure."""
-    card = Options((twin,))
-    # A local twin's own factor is in the options already.
-    shown = exhibit(
-        twin,
-        replace(card, nuisance=card.nuisance * noise / twin.noise, doubt=card.doubt * noise / twin.noise),
-    )
+    shown = at_noise(twin, noise)
     found = read_redraws(shown, n, redraws)
     shorter = np.sqrt(1 - n / found.population)
     for i, (measure, column) in enumerate(MEASURES):

@@ -1,0 +1,107 @@
+"""What single scenarios and pairs of them do to an AUROC, against its variance: with steps for wins, and with ramps.
+
+Probes of the base read the base and a twin, at two noise levels (as in `measures.py`). V is the variance over redraws, J and P the
+sums of squares of what scenarios do alone and in pairs (`stats.counted_once`); J, P and what is counted are means over redraws.
+
+    python scripts/simulations/steps.py --out docs/simulations/steps.csv [--redraws 100]
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from measures import NOISES, at_noise, twins_of
+
+from empathy_probes.calibration import Twin
+from empathy_probes.coding import contrast_codes
+from empathy_probes.leaving_out import leave_out
+from empathy_probes.probes import N_FOLDS, paired_scores
+from empathy_probes.stats import Jackknife, auroc, grouped_folds, smooth_auroc
+
+
+def steps(scores: np.ndarray, labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """AUROC of the texts that are kept."""
+    kept = np.broadcast_to(kept, (*scores.shape[:-2], kept.shape[-1]))
+    areas = [
+        auroc(x[None, :, there], labels[:, there])
+        for x, there in zip(
+            scores.reshape(-1, *scores.shape[-2:]), kept.reshape(-1, kept.shape[-1]) > 0, strict=True
+        )
+    ]
+    return np.reshape(areas, scores.shape[:-2])
+
+
+KINDS = {"steps": steps, "ramps": smooth_auroc}
+READINGS = ("base", "transfer", "difference")
+
+
+def rows_of(twin: Twin, noise: float, n: int, redraws: int) -> Iterator[dict[str, object]]:
+    """V of the AUROC of steps, and J, P and the variance that is counted as shares of it, of either kind."""
+    shown = at_noise(twin, noise)
+    items: dict[str, list[int]] = {}
+    for i, item in enumerate(shown.concept.stimuli.items):
+        items.setdefault(item.scenario, []).append(i)
+    values, found = [], {kind: [] for kind in KINDS}
+    for r in range(redraws):
+        rng = np.random.default_rng([n, r, 43])
+        chosen = rng.choice(len(items), n, replace=False)
+        rows = np.concatenate([list(items.values())[i] for i in chosen])
+        base, aligned = (a.normalised[rows] for a in shown.acts)
+        few = [shown.concept.stimuli.items[i] for i in rows]
+        codes = contrast_codes("binary", np.array([float(item.label) for item in few])).astype(int)
+        units = [item.unit for item in few]
+        folds = grouped_folds(units, N_FOLDS, r)
+        own, other = (auroc(paired_scores(base, x, codes, folds), codes)[0] for x in (base, aligned))
+        values.append([own, other, other - own])
+        for kind, value in KINDS.items():
+            both = leave_out(base, [base, aligned], codes, folds, units, value, r)
+            one, two = (Jackknife(*(x[i] for x in (both.value, both.left_out, both.pairs))) for i in (0, 1))
+            found[kind].append([_sums(x) for x in (one, two, two - one)])
+    variance = np.var(values, axis=0, ddof=1) / (1 - n / len(items))
+    for kind, sums in found.items():
+        single, pairs, counted = np.mean(sums, axis=0).T
+        for k, reading in enumerate(READINGS):
+            yield {
+                "twin": twin.key, "noise": noise, "n": n, "reading": reading, "kind": kind, "redraws": redraws,
+                "value": f"{np.mean(values, axis=0)[k]:.3f}", "sd": f"{np.sqrt(variance[k]):.4f}",
+                "J/V": f"{single[k] / variance[k]:.2f}", "P/J": f"{pairs[k] / single[k]:.2f}",
+                "counted/V": f"{counted[k] / variance[k]:.2f}",
+            }  # fmt: skip
+
+
+def _sums(x: Jackknife) -> tuple[float, float, float]:
+    alone = Jackknife(x.value, x.left_out).variance.item()
+    n = x.units
+    return alone, ((n - 1) / (2 * n) * (x.pairs**2).mean(-1)).item(), x.variance.item()
+
+
+def main() -> int:
+    """Print the table, and write it with --out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bases", nargs="+", default=["llama-0", "gpt2-0"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[40])
+    parser.add_argument("--redraws", type=int, default=100)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for n in options.sizes:
+        for twin in [twin for base in options.bases for twin in twins_of(base)]:
+            for noise in NOISES:
+                for row in rows_of(twin, noise, n, options.redraws):
+                    rows.append(row)
+                    print(*row.values(), flush=True)
+    if options.out:
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
