@@ -456,7 +456,8 @@ def counted_once(
 
     What k units do together single ones count k times (Efron and Stein 1981), and pairs C(k, 2) times. With J and P, the
     variance lies between J² / (J + 2 P), by Cauchy and Schwarz, and J. J - P / 2 would be right if all that is joint were of order four;
-    J² / (J + P / 2) is the same where that is little, and never below 0. Pairs of known truth agree (docs/simulations).
+    J² / (J + P / 2) is the same where that is little, and never below 0. On pairs of known truth it is right where texts differ in little
+    else, and up to a third too much where anything may differ; what takes off more is too little there (docs/simulations).
     """
     total = single + pairs / 2
     return np.divide(single, total, out=np.ones_like(total), where=total > 0)
