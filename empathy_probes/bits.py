@@ -17,7 +17,7 @@ from scipy.special import log_softmax
 
 from empathy_probes.leaving_out import DualProbe, LeftOut
 from empathy_probes.probes import N_FOLDS, from_their_mean
-from empathy_probes.stats import Curve, critical_t, grouped_folds
+from empathy_probes.stats import Curve, Jackknife, critical_t, grouped_folds
 
 # Penalties mixed, in units of the mean eigenvalue of the training Gram matrix.
 PENALTIES = (0.1, 10.0)
@@ -363,8 +363,7 @@ def _variance(known: Float[np.ndarray, "what=3 layer unit"]) -> Float[np.ndarray
     variance lies between J² / (J + 2 P), by Cauchy and Schwarz, and J. Where between, planted pairs tell, which is not
     where it is for readings (`stats.counted_once`): near J where P is small, near the other end where it is many times as much.
     """
-    n = known.shape[-1]
-    single = known[INFLUENCE].var(-1) / (n - 1)
-    pairs = (n - 1) / (2 * n) * (known[PAIR] ** 2).mean(-1)
-    share = np.divide(pairs, single, out=np.zeros_like(pairs), where=single > 0)
+    found = Jackknife(known[LOSS].mean(-1), -known[INFLUENCE] / (known.shape[-1] - 1), known[PAIR])
+    single = found.single
+    share = np.divide(found.joint, single, out=np.zeros_like(single), where=single > 0)
     return np.asarray(single / (1 + np.minimum((share / JOINT) ** 2, 2 * share)))

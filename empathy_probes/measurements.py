@@ -179,16 +179,10 @@ class Measurement:
         return self.scores[fitted] if read == OWN else self.views.transfer[read - PLAIN, fitted]
 
     def _jackknife(self, fitted: int, read: int) -> Jackknife:
-        scores = self._scores_of(fitted, read)
-        value = (
-            correlation(scores[..., 0, :], self.labels)
-            if self.kind == "graded"
-            else auroc(scores, self.codes)
-        )
         left_out, pairs = (
             x[fitted, read].astype(np.float64) for x in (self.views.left_out, self.views.pairs)
         )
-        return Jackknife(value, left_out, pairs)
+        return Jackknife(_reading(self._scores_of(fitted, read), self.codes), left_out, pairs)
 
     def _interval(self, found: Jackknife, widen: float = 1.0) -> Curve:
         return fisher_interval(found, widen) if self.kind == "graded" else area_interval(found, widen)

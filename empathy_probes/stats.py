@@ -431,17 +431,21 @@ class Jackknife:
         return float(critical_t(self.units - 1))
 
     @property
-    def variance(self) -> Float[np.ndarray, "..."]:
-        """Squared standard error; what units do together is counted once where `pairs` are known."""
-        return np.asarray((self.units - 1) * self.left_out.var(-1) * self.single_share)
+    def single(self) -> Float[np.ndarray, "..."]:
+        """Sum of squares of what units do to it alone: its variance, were nothing joint."""
+        return np.asarray((self.units - 1) * self.left_out.var(-1))
 
     @property
-    def single_share(self) -> Float[np.ndarray, "..."] | float:
-        """`counted_once` of what pairs do; 1 where they are not known."""
+    def joint(self) -> Float[np.ndarray, "..."]:
+        """Sum of squares of what units do to it in pairs, on the same scale; 0 where that is not known."""
         if self.pairs is None:
-            return 1.0
-        n = self.units
-        return counted_once((n - 1) * self.left_out.var(-1), (n - 1) / (2 * n) * (self.pairs**2).mean(-1))
+            return np.zeros_like(self.single)
+        return np.asarray((self.units - 1) / (2 * self.units) * (self.pairs**2).mean(-1))
+
+    @property
+    def variance(self) -> Float[np.ndarray, "..."]:
+        """Squared standard error; what units do together is counted once where `pairs` are known."""
+        return np.asarray(self.single * counted_once(self.single, self.joint))
 
     def __sub__(self, other: Jackknife) -> Jackknife:
         """The difference of two values of which the same units were left out."""
@@ -706,8 +710,9 @@ def fisher_interval(found: Jackknife, widen: float = 1.0) -> Curve:
     """Correlation with a 95 % interval; see `correlation_interval`."""
     z = np.arctanh(np.clip(found.value, -1 + 1e-12, 1 - 1e-12))
     # On Fisher's scale itself: near 1 its derivative would exaggerate a change that is not small against 1 - r.
-    moved = replace(found, left_out=np.arctanh(np.clip(found.left_out, -1 + 1e-12, 1 - 1e-12)), pairs=None)
-    reach = found.critical * np.sqrt(moved.variance * found.single_share) * widened(found.value**2, widen)
+    moved = replace(found, left_out=np.arctanh(np.clip(found.left_out, -1 + 1e-12, 1 - 1e-12)))
+    variance = moved.single * counted_once(found.single, found.joint)
+    reach = found.critical * np.sqrt(variance) * widened(found.value**2, widen)
     return Curve(found.value, np.tanh(z - reach), np.tanh(z + reach))
 
 

@@ -8,13 +8,13 @@ wider: the standard deviation over redraws, divided by the mean half width over 
 """
 
 import argparse
-import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from empathy_probes.calibration import Options, Twin, exhibit
 from empathy_probes.secondary import MEASURES, Exhibit, proportions, read_redraws
@@ -61,11 +61,9 @@ def rows_of(twin: Twin, noise: float, n: int, redraws: int) -> Iterator[dict[str
         }  # fmt: skip
 
 
-def main() -> int:
-    """Print the table, and write it with --out."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def tabulate(rows_of: Callable[[Twin, float, int, int], Iterator[dict[str, object]]], doc: str) -> int:
+    """Print the rows of every twin at every noise and size, and write them with --out; the command line of this script and of `steps.py`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", default=["llama-0", "gpt2-0"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[40])
     parser.add_argument("--noises", nargs="+", type=float, default=list(NOISES))
@@ -80,12 +78,9 @@ def main() -> int:
                     rows.append(row)
                     print(*row.values(), flush=True)
     if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        pd.DataFrame(rows).to_csv(options.out, index=False)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tabulate(rows_of, __doc__))

@@ -6,14 +6,11 @@ sums of squares of what scenarios do alone and in pairs (`stats.counted_once`); 
     python scripts/simulations/steps.py --out docs/simulations/steps.csv [--redraws 100]
 """
 
-import argparse
-import csv
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
-from measures import NOISES, at_noise, twins_of
+from measures import at_noise, tabulate
 
 from empathy_probes.calibration import Twin
 from empathy_probes.coding import contrast_codes
@@ -59,7 +56,9 @@ def rows_of(twin: Twin, noise: float, n: int, redraws: int) -> Iterator[dict[str
         for kind, value in KINDS.items():
             both = leave_out(base, [base, aligned], codes, folds, units, value, r)
             one, two = (Jackknife(*(x[i] for x in (both.value, both.left_out, both.pairs))) for i in (0, 1))
-            found[kind].append([_sums(x) for x in (one, two, two - one)])
+            found[kind].append(
+                [(x.single.item(), x.joint.item(), x.variance.item()) for x in (one, two, two - one)]
+            )
     variance = np.var(values, axis=0, ddof=1) / (1 - n / len(items))
     for kind, sums in found.items():
         single, pairs, counted = np.mean(sums, axis=0).T
@@ -72,36 +71,5 @@ def rows_of(twin: Twin, noise: float, n: int, redraws: int) -> Iterator[dict[str
             }  # fmt: skip
 
 
-def _sums(x: Jackknife) -> tuple[float, float, float]:
-    alone = Jackknife(x.value, x.left_out).variance.item()
-    n = x.units
-    return alone, ((n - 1) / (2 * n) * (x.pairs**2).mean(-1)).item(), x.variance.item()
-
-
-def main() -> int:
-    """Print the table, and write it with --out."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bases", nargs="+", default=["llama-0", "gpt2-0"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[40])
-    parser.add_argument("--redraws", type=int, default=100)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    rows = []
-    for n in options.sizes:
-        for twin in [twin for base in options.bases for twin in twins_of(base)]:
-            for noise in NOISES:
-                for row in rows_of(twin, noise, n, options.redraws):
-                    rows.append(row)
-                    print(*row.values(), flush=True)
-    if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tabulate(rows_of, __doc__))
