@@ -226,8 +226,8 @@ def _bits_rows(
     n_layers: int,
     flags: Sequence[str],
     measure: str,
-    both: Float[np.ndarray, "model=2 what=3 layer unit"],
-    read: Callable[[Float[np.ndarray, "what=3 layer unit"], float], Curve],
+    both: Float[np.ndarray, "model=2 what=4 layer unit"],
+    read: Callable[[Float[np.ndarray, "what=4 layer unit"], float], Curve],
     whole: float,
 ) -> Iterator[dict[str, Any]]:
     """Compared as a difference, and relative to the base where that is detected."""
