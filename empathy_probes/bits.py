@@ -371,15 +371,17 @@ def _fit_logistic(
 ) -> tuple[Float[np.ndarray, "*batch 1"], Float[np.ndarray, "*batch 1"]]:
     """`_fit_platt` of two classes: slope, and the difference of their intercepts."""
     weight = np.ones(labels.shape) if kept is None else kept
+    # Each of two intercepts is half of their difference: a prior of 1e-6 on both is one of half that on the difference.
+    prior = 0.5e-6
     slope, intercept = (np.zeros((*scores.shape[:-1], 1)),) * 2 if start is None else start
     for _ in range(steps):
         p = expit(slope * scores + intercept)
         slack, spread = weight * (p - labels), weight * p * (1 - p)
         by_slope = (slack * scores).sum(-1, keepdims=True) + slope
-        by_intercept = slack.sum(-1, keepdims=True) + 0.5e-6 * intercept
+        by_intercept = slack.sum(-1, keepdims=True) + prior * intercept
         bent = spread * scores
         a, b = (bent * scores).sum(-1, keepdims=True) + 1, bent.sum(-1, keepdims=True)
-        c = spread.sum(-1, keepdims=True) + 0.5e-6
+        c = spread.sum(-1, keepdims=True) + prior
         whole = a * c - b**2
         step = (c * by_slope - b * by_intercept) / whole, (a * by_intercept - b * by_slope) / whole
         slope, intercept = slope - np.clip(step[0], -2, 2), intercept - np.clip(step[1], -4, 4)
