@@ -334,4 +334,4 @@ def _measurement_key(design: Design, concept: Concept, template: str, component:
     ]
     described = [concept.name, concept.role, concept.digest, template, component, seed, design.pair.identical]
     # Of one version too a store may hold older ones: the number goes up with what is in a `Measurement`.
-    return digest_of(["measurement", 6, __version__, read, described])
+    return digest_of(["measurement", 7, __version__, read, described])

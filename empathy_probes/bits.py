@@ -7,9 +7,9 @@ everything, and all probes and their calibration learn without it: in closed for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -22,10 +22,12 @@ from empathy_probes.stats import Curve, Jackknife, critical_t, grouped_folds
 # Penalties mixed, in units of the mean eigenvalue of the training Gram matrix.
 PENALTIES = (0.1, 10.0)
 # What is known of every unit: its loss; its influence on the mean loss (of a mean of numbers: the number less the mean);
-# n times what it and another unit do to the mean loss together, beyond both alone; and its loss had it another label.
+# n times what it and another unit do to the mean loss together, beyond both alone; and the mean loss had it another label.
 LOSS, INFLUENCE, PAIR, MISTOLD = range(4)
 # Where pairs count this many times what influences do, half of that is taken off (`_variance`).
 JOINT = 2.25
+# Of Newton's method, from the map of texts labelled as they are to that of texts one of which has another label.
+STEPS = 3
 
 
 def cross_fitted_losses(
@@ -51,7 +53,7 @@ def cross_fitted_losses(
         repeats: how many times folds are drawn.
 
     Returns:
-        Per layer and unit the loss, its influence, a pair's, and the loss with another label (`LOSS`, `INFLUENCE`, `PAIR`, `MISTOLD`),
+        Per layer and unit the loss, its influence, a pair's, and the mean loss of all had the unit another label (`LOSS`, `INFLUENCE`, `PAIR`, `MISTOLD`),
         units in the order of their first text (of pairs any order).
     """
     classes = np.eye(int(labels.max()) + 1)[labels]
@@ -86,8 +88,21 @@ _Fitted = tuple[np.ndarray, ...]
 class _Classes:
     """How scores of classes become losses: a Platt map."""
 
-    classes: Float[np.ndarray, "n m"]
+    classes: Float[np.ndarray, "*set n m"]
     allowed: Bool[np.ndarray, "n m"]
+
+    @property
+    def other(self) -> Float[np.ndarray, "n m"]:
+        """Another class of every text: the next that it could have, its own where there is none."""
+        found = self.classes
+        for k in reversed(range(1, self.classes.shape[-1])):
+            rolled = np.roll(self.classes, k, -1)
+            found = np.where((rolled * self.allowed).any(-1, keepdims=True), rolled, found)
+        return found
+
+    def told(self, classes: Float[np.ndarray, "*set n m"]) -> _Classes:
+        """Of texts with other classes."""
+        return replace(self, classes=classes)
 
     def fit(
         self,
@@ -95,17 +110,18 @@ class _Classes:
         train: Int[np.ndarray, " train"],
         kept: Float[np.ndarray, "*#batch train"] | None = None,
         start: _Fitted | None = None,
+        steps: int = 1,
     ) -> _Fitted:
         """The map from inner out-of-fold scores of the training texts; of those `kept`, from where all of them lead."""
         if start is None:
             centre = inner.mean((-2, -1), keepdims=True)
             spread = np.maximum(inner.std((-2, -1), keepdims=True), 1e-12)
-            platt = _fit_platt((inner - centre) / spread, self.classes[train], self.allowed[train])
+            platt = _fit_platt((inner - centre) / spread, self.classes[..., train, :], self.allowed[train])
             return centre, spread, *platt
         # Scores keep their units, and from where all texts led one Newton step leads to where most of them do.
         centre, spread, *from_here = start
         scores = (inner - centre) / spread
-        again = _fit_platt(scores, self.classes[train], self.allowed[train], kept, from_here, steps=1)
+        again = _fit_platt(scores, self.classes[..., train, :], self.allowed[train], kept, from_here, steps)
         return centre, spread, *again
 
     def losses(
@@ -114,20 +130,24 @@ class _Classes:
         """In nats."""
         centre, spread, slope, intercept = fitted
         logits = _logits((scores - centre) / spread, slope, intercept, self.allowed[rows])
-        return _cross_entropy(logits, self.classes[rows])
-
-    def mistold(self) -> list[tuple[_Classes, Bool[np.ndarray, " n"]]]:
-        """The same maps where every text has another class, and which texts could have it."""
-        others = [np.roll(self.classes, k, 1) for k in range(1, self.classes.shape[1])]
-        return [(_Classes(classes, self.allowed), (self.allowed * classes).any(1)) for classes in others]
+        return _cross_entropy(logits, self.classes[..., rows, :])
 
 
 @dataclass(frozen=True)
 class _TwoClasses:
     """The same map of two classes, by the score of the second alone: that of the first is what it leaves of 1. In half the time."""
 
-    second: Float[np.ndarray, " n"]
+    second: Float[np.ndarray, "*set n"]
     """1 for texts of the second class, 0 for those of the first."""
+
+    @property
+    def other(self) -> Float[np.ndarray, "n 1"]:
+        """As `_Classes.other`."""
+        return 1 - self.second[:, None]
+
+    def told(self, classes: Float[np.ndarray, "*set n 1"]) -> _TwoClasses:
+        """As `_Classes.told`."""
+        return _TwoClasses(classes[..., 0])
 
     def fit(
         self,
@@ -135,14 +155,15 @@ class _TwoClasses:
         train: Int[np.ndarray, " train"],
         kept: Float[np.ndarray, "*#batch train"] | None = None,
         start: _Fitted | None = None,
+        steps: int = 1,
     ) -> _Fitted:
         """As `_Classes.fit`."""
         scores = inner[..., 0] - 0.5
         if start is None:
             spread = np.maximum(np.sqrt((scores**2).mean(-1, keepdims=True)), 1e-12)
-            return spread, *_fit_logistic(scores / spread, self.second[train])
+            return spread, *_fit_logistic(scores / spread, self.second[..., train])
         spread, *from_here = start
-        return spread, *_fit_logistic(scores / spread, self.second[train], kept, from_here, steps=1)
+        return spread, *_fit_logistic(scores / spread, self.second[..., train], kept, from_here, steps)
 
     def losses(
         self, fitted: _Fitted, scores: Float[np.ndarray, "*batch rows 1"], rows: Int[np.ndarray, " rows"]
@@ -150,11 +171,7 @@ class _TwoClasses:
         """In nats."""
         spread, slope, intercept = fitted
         logits = slope * (scores[..., 0] - 0.5) / spread + intercept
-        return np.logaddexp(0, (1 - 2 * self.second[rows]) * logits)
-
-    def mistold(self) -> list[tuple[_TwoClasses, Bool[np.ndarray, " n"]]]:
-        """As `_Classes.mistold`."""
-        return [(_TwoClasses(1 - self.second), np.ones(len(self.second), bool))]
+        return np.logaddexp(0, (1 - 2 * self.second[..., rows]) * logits)
 
 
 @dataclass(frozen=True)
@@ -169,6 +186,7 @@ class _Grades:
         train: Int[np.ndarray, " train"],
         kept: Float[np.ndarray, "*#batch train"] | None = None,
         start: _Fitted | None = None,
+        steps: int = 1,
     ) -> _Fitted:
         """The line through inner out-of-fold scores and grades of the training texts, or of those `kept`."""
         x, y = inner[..., 0], self.grades[train]
@@ -189,10 +207,6 @@ class _Grades:
         missed = self.grades[rows] - mean - slope * (scores[..., 0] - centre)
         return np.asarray(np.log(2 * np.pi * variance) / 2 + missed**2 / (2 * variance))
 
-    def mistold(self) -> list[tuple[_Grades, Bool[np.ndarray, " n"]]]:
-        """No grade is the other one of a grade."""
-        return []
-
 
 def _nested_losses(
     features: Float[np.ndarray, "n layer d"],
@@ -211,20 +225,22 @@ def _nested_losses(
     n = left_out.n
     layers = features.shape[1]
     (centred,) = from_their_mean(features)
-    total, without = np.zeros((2, layers, n)), np.zeros((layers, len(left_out.sets)))
+    total, mistold, without = (np.zeros((layers, many)) for many in (n, n, len(left_out.sets)))
     for layer in range(layers):
         gram = centred[layer] @ centred[layer].T
         for split in splits:
             probes = [[DualProbe(gram, targets, *rows, penalty) for rows in split] for penalty in PENALTIES]
-            losses, fewer = _fold_losses(left_out, judge, probes)
-            total[:, layer] += losses @ left_out.share[split[0][1]]
+            losses, fewer, other = _fold_losses(left_out, judge, probes, targets)
+            total[layer] += losses @ left_out.share[split[0][1]]
             without[layer] += fewer
+            mistold[layer] += other
     total /= repeats
+    mistold /= repeats * n
     without /= repeats * np.repeat([n - 1, n - 2], n)
     one = without[:, :n]
     influence = (n - 1) * (one.mean(-1, keepdims=True) - one)
-    pair = left_out.pairs(total[0].mean(-1), without)
-    return np.stack([total[0], influence, pair, total[1]]) / np.log(2)
+    pair = left_out.pairs(total.mean(-1), without)
+    return np.stack([total, influence, pair, mistold]) / np.log(2)
 
 
 def _mixed(
@@ -250,10 +266,13 @@ def _splits(
 
 
 def _fold_losses(
-    left_out: LeftOut, judge: _Classes | _TwoClasses | _Grades, probes: Sequence[Sequence[DualProbe]]
-) -> tuple[Float[np.ndarray, "told=2 test"], Float[np.ndarray, " set"]]:
-    """Losses of one fold's texts in nats, as labelled and had they another label, and those as labelled summed over its units without
-    each set of units: they neither teach nor are read.
+    left_out: LeftOut,
+    judge: _Classes | _TwoClasses | _Grades,
+    probes: Sequence[Sequence[DualProbe]],
+    targets: Float[np.ndarray, "n m"],
+) -> tuple[Float[np.ndarray, " test"], Float[np.ndarray, " set"], Float[np.ndarray, " unit"]]:
+    """Losses of one fold's texts in nats; summed over its units without each set of units, which neither teach nor are read; and the
+    same where each unit teaches another label and is read as having it.
 
     `probes` are, for every penalty, that of the fold and those of its inner folds.
     """
@@ -265,29 +284,38 @@ def _fold_losses(
             inner[k, np.searchsorted(train, probe.test)] = probe.scores
     read = np.stack([outer.scores for outer, *_ in probes])
     fitted = judge.fit(inner, train)
-    badness = judge.losses(fitted, inner, train) @ weight[train]
-    losses = np.stack([_mixed(judge.losses(fitted, read, test), badness)] * 2)
-    others = [
-        (_mixed(other.losses(fitted, read, test), badness), can[test]) for other, can in judge.mistold()
-    ]
-    if others:
-        wrong, possible = (np.stack(values) for values in zip(*others, strict=True))
-        many = possible.sum(0)
-        losses[1] = np.where(many > 0, (wrong * possible).sum(0) / np.maximum(many, 1), losses[0])
+    losses = _mixed(judge.losses(fitted, read, test), judge.losses(fitted, inner, train) @ weight[train])
     start = tuple(value[:, None] for value in fitted)
-    without = np.empty(len(left_out.sets))
-    for chunk in left_out.chunks(inner.size):
-        texts, kept = left_out.texts(chunk), left_out.kept(chunk)
-        inner_moved, read_moved = (np.repeat(scores[:, None], len(texts), 1) for scores in (inner, read))
+
+    def summed(
+        judge: _Classes | _TwoClasses | _Grades,
+        kept: Float[np.ndarray, "set n"],
+        moves: Callable[[DualProbe], Float[np.ndarray, "set read m"]],
+        steps: int,
+    ) -> Float[np.ndarray, " set"]:
+        inner_moved, read_moved = (np.repeat(scores[:, None], len(kept), 1) for scores in (inner, read))
         for k, (outer, *nested) in enumerate(probes):
-            read_moved[k] += outer.moves(texts)
+            read_moved[k] += moves(outer)
             for probe in nested:
-                inner_moved[k][:, np.searchsorted(train, probe.test)] += probe.moves(texts)
-        fitted = judge.fit(inner_moved, train, kept[:, train], start)
+                inner_moved[k][:, np.searchsorted(train, probe.test)] += moves(probe)
+        fitted = judge.fit(inner_moved, train, kept[:, train], start, steps)
         weights = kept * weight
         badness = (judge.losses(fitted, inner_moved, train) * weights[:, train]).sum(-1)
-        without[chunk] = (_mixed(judge.losses(fitted, read_moved, test), badness) * weights[:, test]).sum(-1)
-    return losses, without
+        return (_mixed(judge.losses(fitted, read_moved, test), badness) * weights[:, test]).sum(-1)
+
+    without = np.empty(len(left_out.sets))
+    for chunk in left_out.chunks(inner.size):
+        texts = left_out.texts(chunk)
+        without[chunk] = summed(judge, left_out.kept(chunk), partial(DualProbe.moves, texts=texts), 1)
+    if isinstance(judge, _Grades):
+        return losses, without, np.full(left_out.n, weight[test] @ losses)
+    change, mistold = judge.other - targets, np.empty(left_out.n)
+    for chunk in left_out.chunks(inner.size, left_out.n):
+        texts, kept = left_out.texts(chunk), left_out.kept(chunk)
+        told = judge.told(targets + change * (1 - kept)[..., None])
+        moves = partial(DualProbe.retaught, texts=texts, change=change)
+        mistold[chunk] = summed(told, np.ones_like(kept), moves, STEPS)
+    return losses, without, mistold
 
 
 # Logit of a class that cannot be: finite, so that 0 times it is 0.
@@ -307,7 +335,7 @@ def _logits(
 
 
 def _cross_entropy(
-    logits: Float[np.ndarray, "*batch n m"], classes: Float[np.ndarray, "n m"]
+    logits: Float[np.ndarray, "*batch n m"], classes: Float[np.ndarray, "*set n m"]
 ) -> Float[np.ndarray, "*batch n"]:
     top, _, total = _exponentials(logits)
     return np.asarray(top + np.log(total) - np.einsum("...k,...k->...", logits, classes))
@@ -324,7 +352,7 @@ def _exponentials(
 
 def _fit_platt(
     scores: Float[np.ndarray, "*batch n m"],
-    classes: Float[np.ndarray, "n m"],
+    classes: Float[np.ndarray, "*set n m"],
     allowed: Bool[np.ndarray, "n m"],
     kept: Float[np.ndarray, "*#batch n"] | None = None,
     start: Sequence[np.ndarray] | None = None,
@@ -364,7 +392,7 @@ def _fit_platt(
 
 def _fit_logistic(
     scores: Float[np.ndarray, "*batch n"],
-    labels: Float[np.ndarray, " n"],
+    labels: Float[np.ndarray, "*set n"],
     kept: Float[np.ndarray, "*#batch n"] | None = None,
     start: Sequence[np.ndarray] | None = None,
     steps: int = 20,
@@ -455,12 +483,13 @@ def _variance(known: Float[np.ndarray, "what=4 layer unit"]) -> Float[np.ndarray
     variance lies between J² / (J + 2 P), by Cauchy and Schwarz, and J. Where between, planted pairs tell, which is not
     where it is for readings (`stats.counted_once`): near J where P is small, near the other end where it is many times as much.
 
-    A sample may lack by luck the rare scenario whose label is not what its texts show, and then says that nothing varies. One
-    imaginary scenario with another label stands for it: where a fiftieth are such, .57 of intervals from 40 held the truth without it.
+    A sample may lack by luck the rare scenario whose label is not what its texts show, and then says that nothing varies. The rare
+    ones are counted as Jeffreys does, half a one more than there are: it makes as much of a difference as if a scenario of the sample
+    had another label, taught and read. Where a fiftieth are such, .57 of intervals from 40 held the truth without it.
     """
     loss, mistold = known[LOSS].mean(-1), known[MISTOLD].mean(-1)
     found = Jackknife(loss, -known[INFLUENCE] / (known.shape[-1] - 1), known[PAIR])
     single = found.single
     share = np.divide(found.joint, single, out=np.zeros_like(single), where=single > 0)
     seen = single / (1 + np.minimum((share / JOINT) ** 2, 2 * share))
-    return np.asarray(seen + ((mistold - loss) / known.shape[-1]) ** 2)
+    return np.asarray(seen + (mistold - loss) ** 2 / 2)

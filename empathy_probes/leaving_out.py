@@ -37,10 +37,10 @@ class LeftOut:
             mine = np.flatnonzero(place == i)
             self._texts[i, : len(mine)] = mine
 
-    def chunks(self, size: int) -> list[slice]:
-        """Few enough sets at a time, where each needs `size` numbers."""
-        step = max(CHUNK // size, 1)
-        return [slice(i, i + step) for i in range(0, len(self.sets), step)]
+    def chunks(self, size: int, many: int | None = None) -> list[slice]:
+        """Few enough of the first `many` sets (all) at a time, where each needs `size` numbers."""
+        step, last = max(CHUNK // size, 1), len(self.sets) if many is None else many
+        return [slice(i, min(i + step, last)) for i in range(0, last, step)]
 
     def texts(self, chunk: slice) -> Int[np.ndarray, "set text"]:
         """The texts of each set, filled up with one past the last."""
@@ -101,6 +101,15 @@ class DualProbe:
         own[:, np.arange(own.shape[1]), np.arange(own.shape[1])] += ~there
         taken = np.linalg.solve(own, self.solution[index] * there[..., None])
         return np.asarray(-np.swapaxes(self.weights.T[index] * there[..., None], 1, 2) @ taken)
+
+    def retaught(
+        self, texts: Int[np.ndarray, "set text"], change: Float[np.ndarray, "n m"]
+    ) -> Float[np.ndarray, "set read m"]:
+        """Change of every score were the targets of each set of texts others by so much."""
+        index = self.place[texts]
+        there = index >= 0
+        told = change[np.minimum(texts, len(change) - 1)] * there[..., None]
+        return np.asarray(np.swapaxes(self.weights.T[index], 1, 2) @ told)
 
 
 def leave_out(

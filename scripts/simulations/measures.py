@@ -62,7 +62,7 @@ def rows_of(twin: Twin, noise: float, n: int, redraws: int) -> Iterator[dict[str
 
 
 def tabulate(rows_of: Callable[[Twin, float, int, int], Iterator[dict[str, object]]], doc: str) -> int:
-    """Print the rows of every twin at every noise and size, and write them with --out; the command line of this script and of `steps.py`."""
+    """Print the rows of every twin at every noise and size, and write them with --out; the command line of this script, of `steps.py` and of `mistold.py`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", default=["llama-0", "gpt2-0"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[40])
