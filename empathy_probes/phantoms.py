@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from empathy_probes.checkpoints import build_checkpoint, open_checkpoint, save_checkpoint
 from empathy_probes.concepts import Concept, load_concept, load_controls, load_targets
@@ -376,6 +377,11 @@ def _write(out: Path, pair: Sequence[Checkpoint], tokenizers: Sequence[Any], tru
         if there.exists():
             there.rmdir()
         unfinished.rename(there)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{out} cannot be written ({why}): expected a writable place with room for two models; choose another"
+        ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out

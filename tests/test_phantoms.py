@@ -208,6 +208,20 @@ def test_a_phantom_can_be_written_into_the_folder_one_is_in(
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["aligned", "base", "truth.json"]
 
 
+def test_where_there_is_no_room_one_sentence_says_so_and_nothing_is_left(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits on file size are POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(
+            InputError, match=r"twin cannot be written .*too large.* a writable place with room"
+        ):
+            write_phantom("gpt2-unread", tmp_path / "twin")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_written_twin_of_any_family_is_the_pair_that_was_measured(tmp_path: Path) -> None:
     out = write_phantom("gpt2-unread", tmp_path / "twin")
     pair, loaded = load_phantom("gpt2-unread"), load_pair(out / "base", out / "aligned", device="cpu")
