@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from einops import pack, rearrange
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
@@ -282,35 +283,37 @@ def _leaf_writes(
     biased: bool,
 ) -> Float[np.ndarray, "item leaf"]:
     """What every component writes along each text's direction, in raw units; the bias, the same for all texts, as 0."""
-    n_heads, d_head = side.model.n_heads, side.model.d_head
+    n_heads = side.model.n_heads
     embedding = _project(_only(side.stream, (-1,)).acts, w[:, None], folds)
     mlp = _project(side.mlp.acts, np.repeat(w[:, None], layer + 1, 1), folds)
     # W_O w is taken once per block and fold, so that no head's write is ever made in full.
-    seen = np.stack([_weight(side.model, block) @ w.T for block in range(layer + 1)]).transpose(2, 0, 1)
-    split = (layer + 1) * n_heads
+    seen = np.stack([_weight(side.model, block) @ w.T for block in range(layer + 1)])
     heads = _project(
-        side.heads.acts.reshape(len(folds), split, d_head), seen.reshape(len(w), split, d_head), folds
-    ).reshape(len(folds), layer + 1, n_heads)
+        rearrange(side.heads.acts, "item block (head k) -> item (block head) k", head=n_heads),
+        rearrange(seen, "block (head k) fold -> fold (block head) k", head=n_heads),
+        folds,
+    )
+    heads = rearrange(heads, "item (block head) -> item block head", head=n_heads)
     bias = np.zeros((len(folds), layer + 1, int(biased)))
-    blocks = np.concatenate([heads, bias, mlp[..., None]], axis=-1).reshape(len(folds), -1)
-    return np.concatenate([embedding, blocks], axis=1)
+    blocks, _ = pack([heads, bias, mlp], "item block *")
+    return np.concatenate([embedding, rearrange(blocks, "item block leaf -> item (block leaf)")], axis=1)
 
 
 def _fold_means(
     side: _Side, stimuli: StimulusSet, unit_folds: Int[np.ndarray, " unit"], layer: int, biased: bool
 ) -> Float[np.ndarray, "fold leaf d_model"]:
     """Mean contrast of every component in every fold, as vectors in raw units: only as many as there are folds are ever made."""
-    n_heads, d_head, d = side.model.n_heads, side.model.d_head, side.model.d_model
+    n_heads, d = side.model.n_heads, side.model.d_model
 
     def means(acts: Activations) -> np.ndarray:
         each = scenario_contrasts(acts.acts.astype(np.float64), stimuli)[0]
         return np.stack([each[unit_folds == fold].mean(0) for fold in range(N_FOLDS)])
 
     embedding, mlp = means(_only(side.stream, (-1,))), means(side.mlp)
-    heads = means(side.heads).reshape(N_FOLDS, layer + 1, n_heads, d_head)
+    heads = rearrange(means(side.heads), "fold block (head k) -> fold block head k", head=n_heads)
     blocks = []
     for block in range(layer + 1):
-        weight = _weight(side.model, block).reshape(n_heads, d_head, d)
+        weight = rearrange(_weight(side.model, block), "(head k) d -> head k d", head=n_heads)
         made = np.einsum("fhk,hkd->fhd", heads[:, block], weight, optimize=True)
         blocks += [made, *([np.zeros((N_FOLDS, 1, d))] if biased else []), mlp[:, block, None]]
     return np.concatenate([embedding, *blocks], axis=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import Float, Int, Num
 from scipy.linalg import cho_solve
 
@@ -145,10 +146,12 @@ def leave_out(
         scores = np.empty((len(reads), n, m))
         probes = []
         for test in held_out:
-            states = products[:, test].reshape(-1, n)
+            states = rearrange(products[:, test], "read test n -> (read test) n")
             probe = DualProbe(gram, targets, np.setdiff1d(np.arange(n), test), test, 1.0, states)
             # Less the training mean, as `paired_scores`.
-            scores[:, test] = (probe.scores - probe.mean).reshape(len(reads), len(test), m)
+            scores[:, test] = rearrange(
+                probe.scores - probe.mean, "(read test) m -> read test m", read=len(reads)
+            )
             probes.append(probe)
         without = np.empty((len(reads), len(left_out.sets)))
         for chunk in left_out.chunks(scores.size):
@@ -156,7 +159,9 @@ def leave_out(
             moved = np.repeat(scores[None], len(texts), 0)
             for probe in probes:
                 changed = probe.moves(texts) - _mean_moves(targets, probe, kept)
-                moved[:, :, probe.test] += changed.reshape(len(texts), len(reads), -1, m)
+                moved[:, :, probe.test] += rearrange(
+                    changed, "set (read test) m -> set read test m", read=len(reads)
+                )
             moved = _told(moved)
             without[:, chunk] = value(moved, labels, kept[:, None]).T
         wholes.append(value(_told(scores), labels, np.ones((1, n))))

@@ -18,6 +18,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -332,7 +333,8 @@ def _gradient(
         total = look_up(model, batch, _finish(model, run, leaf, layer)).sum()
         (found,) = torch.autograd.grad(total, leaf)
     at_read = torch.einsum("rp,rpd->rd", here, found.float())
-    return at_read.view(len(batch.index), batch.copies, -1).sum(1).double().cpu().numpy()
+    per_item: Tensor = reduce(at_read, "(item copy) d -> item d", "sum", copy=batch.copies)
+    return per_item.double().cpu().numpy()
 
 
 def _read_mask(asked: Asked, batch: AskedBatch) -> Float[Tensor, "row pos"]:
