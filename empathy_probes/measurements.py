@@ -72,7 +72,7 @@ class Views:
     mapping: Float[np.ndarray, " layer"]
     """Variance of the U of the mapped `cross` that comes from the choice of neutral texts."""
     losses: Float[np.ndarray, "model=2 what=4 layer unit"]
-    """Per scenario log-loss in bits of a nested probe, its influence, that of pairs, and with another label (`bits.cross_fitted_losses`)."""
+    """Per scenario log-loss in bits of a nested probe, its influence, that of pairs, and the mean loss had it another label (`bits.cross_fitted_losses`)."""
     fine_losses: Float[np.ndarray, "model=2 what=4 layer fine_unit"]
     """The same of the category, told the coarse one it lies in; no scenarios where no category lies in another."""
     transfer: Float[np.ndarray, "mapped=2 fitted=2 layer contrast item"]
