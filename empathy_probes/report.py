@@ -140,7 +140,17 @@ def _concept(study: Tables, card: dict[str, Any]) -> Markup:
         card, study.manifest.get("concepts", {}).get(card["concept"], {}), pictures, tables.flag_list(here),
         tables.did_rows(did), tables.view_rows(here, card["headline"].get("layer")), tables.VIEW_HEAD,
         wording.layer_name(card["headline"]["layer"]) if not wording.missing(card["headline"].get("layer")) else "",
+        _missed_by_map(study, card),
     )  # fmt: skip
+
+
+def _missed_by_map(study: Tables, card: dict[str, Any]) -> str:
+    """Share of neutral variance that the map between the models misses at the headline's layer; empty where it is not known."""
+    finding, layer = study.result("attenuation"), card["headline"].get("layer")
+    if finding is None or wording.missing(layer):
+        return ""
+    (m,) = (m for m in finding.select(card["template"], card["site"]) if m.concept == card["concept"])
+    return f"{100 * m.views.map_error[m.layers.index(layer)]:.0f} %"
 
 
 def _ledger(study: Tables) -> list[Section]:

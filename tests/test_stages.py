@@ -201,6 +201,9 @@ def test_the_report_shows_what_no_column_holds(notebook: tuple[ModelPair, list[A
     lens = study.result("attribution").concepts[0].lens[1]
     assert f"{lens.up[0]!r} {lens.up_logits[0]:+.2f}" in section("attribution")
     assert f"{lens.down[0]!r} {lens.down_logits[0]:+.2f}" in section("attribution")
+    m = study.finding.measurements[0]
+    error = m.views.map_error[m.layers.index(study.manifest["headlines"][0]["layer"])]
+    assert f"it was not fitted on, the map misses {100 * error:.0f} % of the variance" in page
     assert study.tables["gain"].attrs["control_gains"] == results[-2].to_frame().attrs["control_gains"]
 
 
