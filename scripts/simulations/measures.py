@@ -41,6 +41,17 @@ def at_noise(twin: Twin, noise: float) -> Exhibit:
     return exhibit(twin, replace(card, nuisance=card.nuisance * factor, doubt=card.doubt * factor))
 
 
+def samples(shown: Exhibit, n: int, redraws: int, stream: int) -> Iterator[np.ndarray]:
+    """Rows of the texts of n scenarios, drawn anew each time."""
+    items: dict[str, list[int]] = {}
+    for i, item in enumerate(shown.concept.stimuli.items):
+        items.setdefault(item.scenario, []).append(i)
+    rows_of = list(items.values())
+    for r in range(redraws):
+        chosen = np.random.default_rng([n, r, stream]).choice(len(rows_of), n, replace=False)
+        yield np.concatenate([rows_of[i] for i in chosen])
+
+
 def rows_of(twin: Twin, noise: float, n: int, redraws: int) -> Iterator[dict[str, object]]:
     """Coverage and factor of every measure."""
     shown = at_noise(twin, noise)

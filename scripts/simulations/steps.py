@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
-from measures import at_noise, tabulate
+from measures import at_noise, samples, tabulate
 
 from empathy_probes.calibration import Twin
 from empathy_probes.coding import contrast_codes
@@ -38,14 +38,8 @@ READINGS = ("base", "transfer", "difference")
 def rows_of(twin: Twin, noise: float, n: int, redraws: int) -> Iterator[dict[str, object]]:
     """V of the AUROC of steps, and J, P and the variance that is counted as shares of it, of either kind."""
     shown = at_noise(twin, noise)
-    items: dict[str, list[int]] = {}
-    for i, item in enumerate(shown.concept.stimuli.items):
-        items.setdefault(item.scenario, []).append(i)
     values, found = [], {kind: [] for kind in KINDS}
-    for r in range(redraws):
-        rng = np.random.default_rng([n, r, 43])
-        chosen = rng.choice(len(items), n, replace=False)
-        rows = np.concatenate([list(items.values())[i] for i in chosen])
+    for r, rows in enumerate(samples(shown, n, redraws, 43)):
         base, aligned = (a.normalised[rows] for a in shown.acts)
         few = [shown.concept.stimuli.items[i] for i in rows]
         codes = contrast_codes("binary", np.array([float(item.label) for item in few])).astype(int)
@@ -59,7 +53,7 @@ def rows_of(twin: Twin, noise: float, n: int, redraws: int) -> Iterator[dict[str
             found[kind].append(
                 [(x.single.item(), x.joint.item(), x.variance.item()) for x in (one, two, two - one)]
             )
-    variance = np.var(values, axis=0, ddof=1) / (1 - n / len(items))
+    variance = np.var(values, axis=0, ddof=1) / (1 - n / shown.n)
     for kind, sums in found.items():
         single, pairs, counted = np.mean(sums, axis=0).T
         for k, reading in enumerate(READINGS):
