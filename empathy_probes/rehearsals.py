@@ -119,7 +119,7 @@ def rehearse(
         dose_response_design(
             replace(design, concepts=silent, layers=(-1, *steered)), settings, store, doses=DOSES
         ),
-        transplant_design(alone, settings),
+        transplant_design(alone, settings, store),
         bool(turned.any()),
     )
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from empathy_probes import __version__
 from empathy_probes.batches import Pool, pad_tokens
 from empathy_probes.coding import scenario_contrasts
 from empathy_probes.concepts import Concept
@@ -59,6 +61,7 @@ from empathy_probes.stats import (
     unit_signs,
 )
 from empathy_probes.stimuli import StimulusSet
+from empathy_probes.store import Store, digest_of, open_store
 from empathy_probes.sweeps import STATE_BYTES, Continuation, check_continuable, continue_edited
 
 ORDERS = ("base_into_aligned", "aligned_into_base")
@@ -247,6 +250,7 @@ def transplant(
     draws: int = 1000,
     seed: int = 0,
     neutral: Sequence[str] | None = None,
+    store: str | None = None,
 ) -> Transplants:
     """Put each model's component of a concept into the other's run, at every layer, and see whether its answer comes along.
 
@@ -259,17 +263,18 @@ def transplant(
         draws: multiplier draws behind every band.
         seed: of the draws, the folds, the random directions and the shuffling.
         neutral: texts for the map and the covariance; the shipped ones by default.
+        store: where readouts are kept; the default one if None.
 
     Raises:
         InputError: no concept has a readout, or a model cannot be continued from a state.
     """
     targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
     design = design_study(pair, targets, controls, template=template, neutral=neutral)
-    return transplant_design(design, Settings(margin=margin, draws=draws, seed=seed))
+    return transplant_design(design, Settings(margin=margin, draws=draws, seed=seed), open_store(store))
 
 
-def transplant_design(design: Design, settings: Settings) -> Transplants:
-    """Transplant a design's concepts."""
+def transplant_design(design: Design, settings: Settings, store: Store) -> Transplants:
+    """Transplant a design's concepts; what is in the store is not computed again."""
     pair = design.pair
     for model in pair.models:
         check_continuable(model)
@@ -279,27 +284,38 @@ def transplant_design(design: Design, settings: Settings) -> Transplants:
         )
     texts = design.neutral[:NEUTRAL_TEXTS]
     tokens = [prompt.ids for prompt in render_texts(pair.base.tokenizer, texts) if len(prompt.ids) > 1]
-    states = (neutral_states(pair.base, tokens), neutral_states(pair.aligned, tokens))
-    (to_base, to_aligned), mapped = fit_crossings(states)
-    # Per order: donor, recipient, what carries states over, and draws with the recipient's neutral covariance.
-    ways = (
-        (pair.base, pair.aligned, to_aligned, _random_directions(states[1], settings.seed)),
-        (pair.aligned, pair.base, to_base, _random_directions(states[0], settings.seed)),
-    )
+
+    @cache
+    def ways() -> tuple[list[tuple[Sequence[Crossing], np.ndarray]], Bool[np.ndarray, " layer"]]:
+        """Per order what carries states over and draws with the recipient's neutral covariance; and which layers are mapped."""
+        states = (neutral_states(pair.base, tokens), neutral_states(pair.aligned, tokens))
+        (to_base, to_aligned), mapped = fit_crossings(states)
+        drawn = [_random_directions(x, settings.seed) for x in states]
+        return [(to_aligned, drawn[1]), (to_base, drawn[0])], mapped
+
+    def readouts(concept: Concept, asked: Asked, order: int, label: str) -> dict[str, np.ndarray]:
+        donor, recipient = pair.models[order], pair.models[1 - order]
+        crossings, directions = ways()[0][order]
+        plan = plan_transplant(donor, concept.stimuli, asked, crossings, directions, settings.seed)
+        plain, values = transplanted_readouts(donor, recipient, asked, crossings, plan, label)
+        return {"plain": plain, "values": values, "found": plan.found}
+
+    decisive = ["transplant", __version__, pair.base.fingerprint, pair.aligned.fingerprint, settings.seed, [list(row) for row in tokens]]  # fmt: skip
+    mapped = store.remember(digest_of([*decisive, "mapped"]), lambda: ways()[1])
     found = []
     for template in design.templates:
         for concept in readable(design):
             asked = ask_design(design, concept, template, 1)
-            label = f"transplant · {template} · {concept.name}"
             own, parts = np.zeros((2, concept.stimuli.n_scenarios)), []
-            for order, (donor, recipient, crossings, directions) in enumerate(ways):
-                plan = plan_transplant(donor, concept.stimuli, asked, crossings, directions, settings.seed)
-                plain, values = transplanted_readouts(
-                    donor, recipient, asked, crossings, plan, f"{label} · {ORDERS[order]}"
+            for order, name in enumerate(ORDERS):
+                label = f"transplant · {template} · {concept.name} · {name}"
+                read = store.remember_all(
+                    digest_of([*decisive, concept.digest, asked.digest, name]),
+                    partial(readouts, concept, asked, order, label),
                 )
-                own[1 - order] = scenario_coupling(plain, concept.stimuli)
-                coupling = scenario_coupling(np.moveaxis(values, -1, 0), concept.stimuli)
-                parts.append((np.moveaxis(coupling, 0, -1), plan.found))
+                own[1 - order] = scenario_coupling(read["plain"], concept.stimuli)
+                coupling = scenario_coupling(np.moveaxis(read["values"], -1, 0), concept.stimuli)
+                parts.append((np.moveaxis(coupling, 0, -1), read["found"]))
             moved = np.stack([part for part, _ in parts])
             random = moved[:, :, len(VARIANTS) - 1 :]
             shown = np.concatenate([moved[:, :, :3], random.mean(2, keepdims=True), moved[:, :, 3:4]], 2)

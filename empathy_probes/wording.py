@@ -208,7 +208,7 @@ def _where(decision: str, h: Mapping[str, Any]) -> str:
     last: Any = h.get("onset_upper")
     if missing(first) and missing(last):
         return {
-            "equivalent": "no block changes by more than the margin",
+            "equivalent": "no block that shows the contrast changes by more than the margin",
             "attenuated": "attenuated, without a layer by which it has surely begun",
         }.get(decision, "no onset established")
     if missing(last):
@@ -230,9 +230,9 @@ def _sure(decision: str, h: Mapping[str, Any], limit: float) -> str:
         spread = " and outside the spread of single controls" if h.get("quantity") == "specific" else ""
         return f"the simultaneous 95 % band lies beyond the margin{spread}"
     if decision == "equivalent":
-        text = f"shown equivalent: the 90 % interval lies within ±{limit:g} at every block"
+        text = f"shown equivalent: the 90 % interval lies within ±{limit:g} at every block that shows the contrast"
         if "equivalent_alone" in split_flags(h.get("flags")):
-            return f"{text} that six controls reach; at the others that of the contrast by itself lies within its margin"
+            return f"{text} and that six controls reach; at the others that of the contrast by itself lies within its margin"
         return text
     if decision == "inconclusive":
         text = "neither a change beyond the margin nor the absence of one is shown"

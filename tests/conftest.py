@@ -15,10 +15,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jaxtyping import config
+from jaxtyping import config, install_import_hook
 
-from empathy_probes.models import Model, load_model
-from empathy_probes.stimuli import StimulusSet, stimuli_from_rows
+PACKAGE = Path(__file__).resolve().parent.parent / "empathy_probes"
+# Shapes are checked in every module that has any. Of the others mypy knows all; a call to each of their many small functions, such as
+# those that choose a word, took ten times as long.
+install_import_hook(
+    [
+        f"empathy_probes.{path.stem}"
+        for path in PACKAGE.glob("*.py")
+        if "jaxtyping" in path.read_text(encoding="utf8")
+    ],
+    "beartype.beartype",
+)
+
+from empathy_probes.models import Model, load_model  # noqa: E402 after the hook
+from empathy_probes.stimuli import StimulusSet, stimuli_from_rows  # noqa: E402
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 WORDS = [

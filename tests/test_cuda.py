@@ -53,7 +53,7 @@ VERBS: dict[str, Callable[[Any, Any, Any, str], Any]] = {
     "attenuation": lambda p, t, c, s: ep.measure_attenuation(p, t, c, template="raw", store=s),
     "coupling": lambda p, t, c, s: ep.measure_coupling(p, t, c, template="raw", store=s),
     "stitching": lambda p, t, c, s: ep.stitch(p, t, template="raw", store=s),
-    "transplants": lambda p, t, c, s: ep.transplant(p, t, template="raw"),
+    "transplants": lambda p, t, c, s: ep.transplant(p, t, template="raw", store=s),
     "patching": lambda p, t, c, s: ep.patch(p.aligned, few()),
     "estimated patching": lambda p, t, c, s: ep.attribution_patch(p.aligned, few(), sample=4),
     "dose response": lambda p, t, c, s: ep.dose_response(

@@ -159,7 +159,7 @@ def notebook() -> tuple[ModelPair, list[Any]]:
         measure_coupling(pair, concept, **store),
         patch(pair.aligned, concept, **few),
         attribution_patch(pair.aligned, concept, top=2, sample=1, **few),
-        transplant(pair, concept, template="raw"),
+        transplant(pair, concept, **store),
         stitch(pair, concept, **store),
         dose_response(pair, concept, layers=(1,), doses=(-0.1, 0.0, 0.1), **store),
         attribute(pair, concept, total_effects=False, **store),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import stimuli, tiny_llama, word_tokenizer
 
 import empathy_probes as ep
-from empathy_probes import plots
+from empathy_probes import plots, transplants
 from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import LayerSet
 from empathy_probes.crossings import Crossing, fit_crossings, neutral_states
@@ -59,7 +60,7 @@ def pair() -> ModelPair:
 def planted() -> tuple[ModelPair, Concept, Transplants]:
     phantom = ep.load_phantom("planted-valence")
     ((concept,), _) = ep.load_phantom_concepts(30, 0, names=("valence",))
-    return phantom, concept, transplant(phantom, concept, template="raw")
+    return phantom, concept, transplant(phantom, concept, template="raw", store="memory://transplant-planted")
 
 
 def test_the_concept_repairs_from_the_planted_block_on_and_not_before(
@@ -186,7 +187,13 @@ def test_a_direction_never_sees_the_scenario_it_is_used_on(pair: ModelPair) -> N
 
 
 def test_a_model_with_itself_is_blank_and_nothing_moves(llama: Model, tmp_path: Path) -> None:
-    found = transplant(ModelPair(llama, llama), concept_of(), template="raw", neutral=NEUTRAL)
+    found = transplant(
+        ModelPair(llama, llama),
+        concept_of(),
+        template="raw",
+        neutral=NEUTRAL,
+        store="memory://transplant-same",
+    )
     (c,) = found.concepts
     assert not found.mapped.any()
     for o in range(2):
@@ -203,6 +210,32 @@ def test_a_model_with_itself_is_blank_and_nothing_moves(llama: Model, tmp_path: 
     assert load_record(tmp_path / "transplant.safetensors", types).to_frame().equals(frame)
 
 
+def test_an_interrupted_transplant_goes_on_with_what_it_had(
+    pair: ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def interrupted(*args: Any) -> Any:
+        ran.append(args[-1])
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return transplanted_readouts(*args)
+
+    def run(store: str) -> Transplants:
+        return transplant(pair, concept_of(), template="raw", neutral=NEUTRAL, store=store)
+
+    monkeypatch.setattr(transplants, "transplanted_readouts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(str(tmp_path / "kept"))
+    resumed = run(str(tmp_path / "kept"))
+    assert [label.split(" · ")[-1] for label in ran] == [ORDERS[0], ORDERS[1], ORDERS[1]]
+    assert run(str(tmp_path / "kept")).to_frame().equals(resumed.to_frame()) and len(ran) == 3
+    # Another seed has other folds and random directions; nothing that was kept is taken for them.
+    assert resumed.to_frame().equals(run(str(tmp_path / "new")).to_frame()) and len(ran) == 5
+    transplant(pair, concept_of(), template="raw", neutral=NEUTRAL, store=str(tmp_path / "kept"), seed=1)
+    assert len(ran) == 7
+
+
 def test_figures_show_both_ways_and_the_frontier(planted: tuple[ModelPair, Concept, Transplants]) -> None:
     found = planted[2]
     frame = found.to_frame()
@@ -213,4 +246,4 @@ def test_figures_show_both_ways_and_the_frontier(planted: tuple[ModelPair, Conce
     with pytest.raises(InputError, match="no rows with position 'end'"):
         transplant_figure(frame, position="end")
     with pytest.raises(InputError, match="template 'own'"):
-        transplant(planted[0], planted[1], template="own")
+        transplant(planted[0], planted[1], template="own", store="memory://transplant-own")
