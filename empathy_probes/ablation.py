@@ -76,9 +76,7 @@ class Ablation:
         return pd.DataFrame(
             {
                 "concept": self.concept, "model": self.model, "template": self.template, "layer": name,
-                "coupling": curve.value[i + 1], "coupling_lower": curve.lower[i + 1], "coupling_upper": curve.upper[i + 1],
-                "removed": removed.value[i], "removed_lower": removed.lower[i], "removed_upper": removed.upper[i],
-                "n_scenarios": len(self.units),
+                **curve.cells("coupling", i + 1), **removed.cells("removed", i), "n_scenarios": len(self.units),
             }
             for i, name in enumerate(names)
         )  # fmt: skip

@@ -243,9 +243,7 @@ class Gain(Result):
                         rows.append(
                             {
                                 "concept": c.concept, "template": c.template, "site": SITE, "layer": layer, "model": model,
-                                "dose": dose, "readout": shown.value[m, i, d], "readout_lower": shown.lower[m, i, d],
-                                "readout_upper": shown.upper[m, i, d], "slope": gain.value[m, i],
-                                "slope_lower": gain.lower[m, i], "slope_upper": gain.upper[m, i],
+                                "dose": dose, **shown.cells("readout", (m, i, d)), **gain.cells("slope", (m, i)),
                                 "wrong_way": wrong[m, i], "neutral_perplexity": np.exp(loss[m, i, d]),
                                 "null_lower": band[0], "null_upper": band[1], "flags": ";".join(here),
                             }
@@ -280,13 +278,12 @@ class Gain(Result):
                     rows.append(
                         {
                             "concept": c.concept, "template": c.template, "layer": layer, "model": model, "n_scenarios": len(c.units),
-                            "gain": gain.value[m, i], "gain_lower": gain.lower[m, i], "gain_upper": gain.upper[m, i],
+                            **gain.cells("gain", (m, i)),
                             "random_lower": null[0, m, i], "random_upper": null[1, m, i],
                             "controls_lower": others.min() if len(others) else np.nan,
                             "controls_upper": others.max() if len(others) else np.nan, "n_controls": len(others),
-                            "p_shuffled": p[m, i], "ed50": ed50.value[m, i], "ed50_lower": ed50.lower[m, i],
-                            "ed50_upper": ed50.upper[m, i], "bound": self.bound, "tolerated_lower": kept[0, m, i],
-                            "tolerated_upper": kept[1, m, i],
+                            "p_shuffled": p[m, i], **ed50.cells("ed50", (m, i)), "bound": self.bound,
+                            "tolerated_lower": kept[0, m, i], "tolerated_upper": kept[1, m, i],
                         }
                     )  # fmt: skip
         return pd.DataFrame(rows)
@@ -306,20 +303,13 @@ class Gain(Result):
                 }
                 for m, model in enumerate(MODELS):
                     row |= {
-                        f"gain_{model}": gain.value[m, i], f"gain_{model}_lower": gain.lower[m, i],
-                        f"gain_{model}_upper": gain.upper[m, i], f"spread_{model}": self.slopes(c)[m, i].std(ddof=1),
-                        f"curvature_{model}": bend[m, i], f"ed50_{model}": ed50.value[m, i],
-                        f"ed50_{model}_lower": ed50.lower[m, i], f"ed50_{model}_upper": ed50.upper[m, i],
+                        **gain.cells(f"gain_{model}", (m, i)), f"spread_{model}": self.slopes(c)[m, i].std(ddof=1),
+                        f"curvature_{model}": bend[m, i], **ed50.cells(f"ed50_{model}", (m, i)),
                         f"tolerated_{model}": kept[1, m, i], f"p_random_{model}": p["random"][m, i],
                         f"p_shuffled_{model}": p["shuffled"][m, i],
                         f"cosine_{model}": c.cosine[m, i],
                     }  # fmt: skip
-                row |= {
-                    "attenuation": lost.value[i],
-                    "attenuation_lower": lost.lower[i],
-                    "attenuation_upper": lost.upper[i],
-                }
-                rows.append(row)
+                rows.append(row | lost.cells("attenuation", i))
         return pd.DataFrame(rows)
 
 

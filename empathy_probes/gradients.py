@@ -208,13 +208,12 @@ class EstimatedPatching(Result):
             for j, place in enumerate(c.places):
                 row: dict[str, Any] = {
                     "concept": c.concept, "template": c.template, "model": c.model, "direction": c.direction, **place_cells(place),
-                    "estimated": estimated.value[j], "estimated_lower": estimated.lower[j], "estimated_upper": estimated.upper[j],
+                    **estimated.cells("estimated", j),
                     "checked": "", "flags": ";".join((*(() if detected else ("effect_not_detected",)), *place.flags)),
                 }  # fmt: skip
                 if j in where:
                     i = where[j]
-                    row |= {"exact": exact.value[i], "exact_lower": exact.lower[i], "exact_upper": exact.upper[i],
-                            "checked": "top" if i < c.n_top else "sample"}  # fmt: skip
+                    row |= exact.cells("exact", i) | {"checked": "top" if i < c.n_top else "sample"}
                 rows.append(row)
         frame = pd.DataFrame(rows, columns=ESTIMATE_COLUMNS).astype({"head": "Int64"})
         frame.attrs["n_scenarios"] = {

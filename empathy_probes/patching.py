@@ -133,8 +133,7 @@ class Patching(Result):
                     rows.append(
                         {
                             "concept": c.concept, "template": c.template, "model": c.model, "direction": direction,
-                            **place_cells(place), "recovered": curve.value[i, j], "recovered_lower": curve.lower[i, j],
-                            "recovered_upper": curve.upper[i, j], "clean": clean, "corrupted": corrupted,
+                            **place_cells(place), **curve.cells("recovered", (i, j)), "clean": clean, "corrupted": corrupted,
                             "patched": patched[i, j], "flags": ";".join((*c.flags, *place.flags)),
                         }
                     )  # fmt: skip

@@ -98,10 +98,6 @@ def _place(m: Measurement, layer: int | None, n_layers: int, measure: str) -> di
     }  # fmt: skip
 
 
-def _cells(name: str, curve: Curve, i: int) -> dict[str, float]:
-    return {name: curve.value[i], f"{name}_lower": curve.lower[i], f"{name}_upper": curve.upper[i]}
-
-
 def strength_rows(m: Measurement, j: Judgement, n_layers: int, flags: Sequence[str]) -> list[dict[str, Any]]:
     c = m.contrast
     rows = []
@@ -113,9 +109,9 @@ def strength_rows(m: Measurement, j: Judgement, n_layers: int, flags: Sequence[s
             ("difference", c.difference),
             ("attenuation", c.attenuation),
         ):
-            row |= _cells(name, curve, i)
+            row |= curve.cells(name, i)
         if m.role == "target":
-            row |= _cells("specific", j.specific, i)
+            row |= j.specific.cells("specific", i)
         row |= {"band_lower": j.band.lower[i], "band_upper": j.band.upper[i], "p_adjusted": j.p_adjusted[i]}
         own = [*j.flags[i], *([] if m.beats_words[i] else ["below_lexical_floor"])]
         own += [*(["not_above_random"] if m.views.random_p[0, i] > ALPHA else []), *flags]
@@ -138,7 +134,7 @@ def reading_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> list[di
     for i, layer in enumerate(m.layers):
         row = _place(m, layer, n_layers, m.measure)
         for name, curve in curves.items():
-            row |= _cells(name, curve, i)
+            row |= curve.cells(name, i)
         own = ["ceiling"] if ceiling[i] else []
         if "attenuation" in curves and np.isnan(curves["attenuation"].value[i]) and not ceiling[i]:
             own.append("base_not_detected" if base.lower[i] <= 0.5 else "ceiling")
@@ -170,7 +166,7 @@ def scenario_slopes(
 
 def lexical_row(m: Measurement, n_layers: int) -> dict[str, Any]:
     row = _place(m, None, n_layers, m.measure)
-    row |= _cells("base", m.lexical, 0) | _cells("aligned", m.lexical, 0)
+    row |= m.lexical.cells("base", 0) | m.lexical.cells("aligned", 0)
     return row | {"decision": "", "flags": "lexical_floor"}
 
 
@@ -179,7 +175,7 @@ def did_rows(m: Measurement, shift: TemplateShift, n_layers: int) -> list[dict[s
     rows = []
     for i, layer in enumerate(m.layers):
         row = _place(m, layer, n_layers, "strength") | {"template": "did"}
-        row |= _cells("difference", shift.theta, i) | _cells("attenuation", shift.attenuation, i)
+        row |= shift.theta.cells("difference", i) | shift.attenuation.cells("attenuation", i)
         row |= {"band_lower": shift.band.lower[i], "band_upper": shift.band.upper[i]}
         rows.append(
             row | {"p_adjusted": shift.p_adjusted[i], "decision": "", "flags": ";".join(shift.flags[i])}
@@ -193,7 +189,7 @@ def _curve_rows(
     for i, layer in enumerate(m.layers):
         row = _place(m, layer, n_layers, measure)
         for name, curve in curves.items():
-            row |= _cells(name, curve, i)
+            row |= curve.cells(name, i)
         yield row | {"decision": "", "flags": ";".join(dict.fromkeys(flags[i]))}
 
 

@@ -46,6 +46,13 @@ class Curve:
         """The estimate at one position of a one-axis curve, with its number of units."""
         return Estimate(float(self.value[index]), float(self.lower[index]), float(self.upper[index]), n)
 
+    def cells(self, name: str, at: int | tuple[int, ...]) -> dict[str, float]:
+        """A table's columns `name`, `name_lower` and `name_upper` at one position."""
+        # Without the sign that a zero may have.
+        return {
+            name: self.value[at] + 0.0, f"{name}_lower": self.lower[at] + 0.0, f"{name}_upper": self.upper[at] + 0.0
+        }  # fmt: skip
+
 
 def critical_t(degrees: Float[np.ndarray, "..."] | int, level: float = LEVEL) -> Float[np.ndarray, "..."]:
     """Two-sided critical value of Student's t."""

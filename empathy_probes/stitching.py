@@ -45,7 +45,7 @@ from empathy_probes.readouts import (
 )
 from empathy_probes.results import Result
 from empathy_probes.sites import Site
-from empathy_probes.stats import Curve, largest_quantile, mean_interval, studentised_sums, unit_signs
+from empathy_probes.stats import largest_quantile, mean_interval, studentised_sums, unit_signs
 from empathy_probes.store import Store, digest_of, open_store
 from empathy_probes.sweeps import check_continuable
 
@@ -207,7 +207,7 @@ class Stitching(Result):
                     rows.append(
                         {
                             "concept": c.concept, "template": c.template, "order": name, "boundary": boundary,
-                            **_cells("coupling", curve, order, i), **_cells("share", share, order, i),
+                            **curve.cells("coupling", (order, i)), **share.cells("share", (order, i)),
                             "interaction": between[i] if inner else np.nan,
                             "neutral_perplexity": np.exp(self.neutral_loss[at, order, i]), "flags": ";".join(flags),
                         }
@@ -215,13 +215,6 @@ class Stitching(Result):
         frame = pd.DataFrame(rows, columns=STITCHING_COLUMNS)
         frame.attrs["n_scenarios"] = {c.concept: len(c.units) for c in self.concepts}
         return frame
-
-
-def _cells(name: str, curve: Curve, order: int, row: int) -> dict[str, float]:
-    return {
-        name: curve.value[order, row], f"{name}_lower": curve.lower[order, row],
-        f"{name}_upper": curve.upper[order, row],
-    }  # fmt: skip
 
 
 def stitch(

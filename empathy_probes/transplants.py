@@ -208,7 +208,7 @@ class Transplants(Result):
                         {
                             "concept": c.concept, "role": c.role, "template": c.template, "order": order, "position": POSITIONS[p],
                             "variant": VARIANTS[v], "layer": self.layers[i], "depth": (self.layers[i] + 1) / self.n_layers,
-                            "n_scenarios": len(c.units), **_cells("coupling", coupling, (p, v, i)), **_cells("repaired", share, (p, v, i)),
+                            "n_scenarios": len(c.units), **coupling.cells("coupling", (p, v, i)), **share.cells("repaired", (p, v, i)),
                             "band_lower": band.lower[p, v, i], "band_upper": band.upper[p, v, i], "flags": ";".join(flags),
                         }
                     )  # fmt: skip
@@ -232,12 +232,6 @@ class Transplants(Result):
                     )  # fmt: skip
         frame = pd.DataFrame(rows, columns=FRONTIER_COLUMNS)
         return frame.astype({"frontier_lower": "Int64", "frontier_upper": "Int64"})
-
-
-def _cells(name: str, curve: Curve, at: tuple[int, ...]) -> dict[str, float]:
-    # Without the sign that a zero may have.
-    ends = (x[at] + 0.0 for x in (curve.value, curve.lower, curve.upper))
-    return dict(zip((name, f"{name}_lower", f"{name}_upper"), ends, strict=True))
 
 
 def transplant(

@@ -42,7 +42,6 @@ from empathy_probes.models import Model, load_model
 from empathy_probes.pairs import make_pair
 from empathy_probes.prompts import render
 from empathy_probes.results import Result
-from empathy_probes.stats import Curve
 from empathy_probes.stimuli import StimulusSet
 from empathy_probes.store import Store, load_record, open_store
 
@@ -233,10 +232,10 @@ class LineageTrend(Result):
             row: dict[str, Any] = {
                 "concept": c.concept, "role": c.role, "template": c.template, "site": c.site, **comparison,
                 "layer": layer, "depth": (layer + 1) / self.n_layers, "n_scenarios": len(c.units),
-                **_cells("attenuation", contrast.attenuation, i),
+                **contrast.attenuation.cells("attenuation", i),
             }  # fmt: skip
             if c.role == "target":
-                row |= _cells("specific", j.specific, i)
+                row |= j.specific.cells("specific", i)
             yield row | {
                 "band_lower": j.band.lower[i], "band_upper": j.band.upper[i], "p_adjusted": j.p_adjusted[i],
                 "decision": j.decision[i], "shape": shape[i], "flags": ";".join(dict.fromkeys((*j.flags[i], *self.flags))),
@@ -253,10 +252,6 @@ def load_trend(path: str | Path) -> LineageTrend:
 
 def _contrasts(concept: TracedConcept, kind: str) -> tuple[Contrast, ...]:
     return {"trend": lambda: (concept.trend,), "stage": lambda: concept.stages, "step": lambda: concept.steps}[kind]()  # fmt: skip
-
-
-def _cells(name: str, curve: Curve, i: int) -> dict[str, float]:
-    return {name: curve.value[i], f"{name}_lower": curve.lower[i], f"{name}_upper": curve.upper[i]}
 
 
 # ---------------------------------------------------------------- measurement

@@ -204,8 +204,7 @@ class Attribution(Result):
                         {
                             "concept": c.concept, "template": c.template, "model": model, "component": part.component,
                             "layer": part.layer, "head": pd.NA if part.head is None else part.head,
-                            "write": curve.value[m, i], "write_lower": curve.lower[m, i],
-                            "write_upper": curve.upper[m, i], "flags": ";".join(flags),
+                            **curve.cells("write", (m, i)), "flags": ";".join(flags),
                         }
                     )  # fmt: skip
         frame = pd.DataFrame(rows, columns=ATTRIBUTION_COLUMNS).astype({"head": "Int64"})
