@@ -8,7 +8,7 @@ readout needs are computed; a readout is taken from the state after the last blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -83,11 +83,14 @@ def ask(tokenizer: Any, stimuli: StimulusSet, prompts: Sequence[RenderedPrompt],
             "for all texts; give every line a readout, or a readout file"
         )
     kind = str(kinds.pop())
-    for item, prompt in zip(stimuli.items, prompts, strict=True):
-        spec = item.readout
-        assert spec is not None
+    specs = [item.readout for item in stimuli.items if item.readout is not None]
+    follow = _following(
+        tokenizer, [(prompt, answer) for prompt, spec in zip(prompts, specs, strict=True)
+                    for answer in (*spec.expressive, *spec.attenuated)], style, stimuli.concept
+    )  # fmt: skip
+    for spec in specs:
         for side, answers in zip(sides, (spec.expressive, spec.attenuated), strict=True):
-            ids = [_following(tokenizer, prompt, answer, style, stimuli.concept) for answer in answers]
+            ids = [next(follow) for _ in answers]
             if kind == "answers":
                 for answer, found in zip(answers, ids, strict=True):
                     if len(found) != 1:
@@ -127,25 +130,27 @@ def check_length(model: Model, asked: Asked) -> None:
 
 
 def _following(
-    tokenizer: Any, prompt: RenderedPrompt, answer: str, style: Style, concept: str
-) -> tuple[int, ...]:
+    tokenizer: Any, answers: Sequence[tuple[RenderedPrompt, str]], style: Style, concept: str
+) -> Iterator[tuple[int, ...]]:
+    """Tokens of every answer behind its prompt."""
+    # All texts in one call: a tokenizer takes several times as long for them one by one.
     encoded = tokenizer(
-        prompt.text + answer,
-        add_special_tokens=style == "raw",
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
-    ids = list(encoded["input_ids"])
-    while style == "raw" and len(ids) > 1 and encoded["special_tokens_mask"][len(ids) - 1]:
-        ids.pop()
-    n = len(prompt.ids)
-    if tuple(ids[:n]) != prompt.ids or len(ids) == n:
-        seen = tokenizer.convert_ids_to_tokens(ids[max(0, n - 2) :])
-        raise InputError(
-            f"concept '{concept}', item '{prompt.item}': with the answer {answer!r} the prompt's end is tokenised as {seen}, "
-            f"expected the prompt's own tokens and then the answer; begin the answer with a space, or end the text differently"
-        )
-    return tuple(ids[n:])
+        [prompt.text + answer for prompt, answer in answers],
+        add_special_tokens=style == "raw", return_special_tokens_mask=True, verbose=False,
+    )  # fmt: skip
+    for (prompt, answer), ids, special in zip(
+        answers, encoded["input_ids"], encoded["special_tokens_mask"], strict=True
+    ):
+        while style == "raw" and len(ids) > 1 and special[len(ids) - 1]:
+            ids.pop()
+        n = len(prompt.ids)
+        if tuple(ids[:n]) != prompt.ids or len(ids) == n:
+            seen = tokenizer.convert_ids_to_tokens(ids[max(0, n - 2) :])
+            raise InputError(
+                f"concept '{concept}', item '{prompt.item}': with the answer {answer!r} the prompt's end is tokenised as {seen}, "
+                f"expected the prompt's own tokens and then the answer; begin the answer with a space, or end the text differently"
+            )
+        yield tuple(ids[n:])
 
 
 def with_readout(stimuli: StimulusSet, spec: ReadoutSpec | None) -> StimulusSet:
