@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import dis
+import importlib
+import inspect
 import subprocess
 import sys
+import types
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +119,47 @@ def test_models_alone_know_transformer_lens_and_hooks_and_checkpoints_transforme
             roots |= {alias.name.split(".")[0] for alias in node.names}
     assert roots & {"transformers", "transformer_lens", "peft"} == known
     assert module == "models" or ("register_forward" not in source and "fwd_hooks" not in source)
+
+
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes(constant)
+
+
+def functions(owner: Any, module: str) -> Iterator[Any]:
+    """All functions and classes that a module (or one of its classes) defines."""
+    for member in vars(owner).values():
+        found = inspect.unwrap(
+            member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        )
+        if getattr(found, "__module__", None) != module or not isinstance(found, (type, types.FunctionType)):
+            continue
+        yield found
+        if isinstance(found, type):
+            yield from functions(found, module)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "__main__"])
+def test_every_name_exists(module: str) -> None:
+    # Linter and type checker take the axes of a shape for names, and so cannot be asked about names at all.
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf8")
+    loaded = importlib.import_module(f"empathy_probes.{module}")
+    known = {*vars(loaded), *vars(builtins)}
+    for code in list(codes(compile(source, module, "exec")))[1:]:
+        used = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+        assert used <= known, f"{module}.{code.co_qualname}"
+    for_types = [
+        alias.asname or alias.name
+        for block in ast.walk(ast.parse(source))
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for line in block.body
+        if isinstance(line, ast.ImportFrom)
+        for alias in line.names
+    ]
+    for found in functions(loaded, loaded.__name__):
+        typing.get_type_hints(found, localns=dict.fromkeys(for_types, Any))
 
 
 def test_every_public_name_resolves() -> None:
