@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,17 @@ from empathy_probes.interventions import project_out
 from empathy_probes.models import Model
 from empathy_probes.prompts import render, render_texts, style_of
 from empathy_probes.readouts import Asked, ask, check_length, read_out, scenario_coupling
+from empathy_probes.results import Result
 from empathy_probes.sites import Site
 from empathy_probes.stats import Curve, critical_t, fieller_ratio, grouped_folds, mean_interval
-from empathy_probes.store import open_store, save_record
+from empathy_probes.store import open_store
 from empathy_probes.vectors import SteeringVector
 
 SITE = "resid_post"
 
 
 @dataclass(frozen=True)
-class Ablation:
+class Ablation(Result):
     """What is left of a concept's coupling once a direction is projected out of the stream."""
 
     concept: str
@@ -70,20 +70,19 @@ class Ablation:
         return np.asarray(1 - self.random.mean(-1) / (self.coupling[0].mean() if shown else np.nan))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per layer and one for all of them; coupling in nats, removed as a share."""
-        curve, removed = mean_interval(self.coupling), self.removed
+        """One row per layer and one for all of them; coupling in nats, removed as a share; of random directions, which are taken
+        out after all layers only, the smallest and the largest share."""
+        curve, removed, random = mean_interval(self.coupling), self.removed, self.random_removed
         names = [*(str(layer) for layer in self.layers), "all"]
+        ends = [(np.nan, np.nan)] * len(self.layers) + [(random.min(), random.max())]
         return pd.DataFrame(
             {
                 "concept": self.concept, "model": self.model, "template": self.template, "layer": name,
-                **curve.cells("coupling", i + 1), **removed.cells("removed", i), "n_scenarios": len(self.units),
+                **curve.cells("coupling", i + 1), **removed.cells("removed", i), "random_lower": ends[i][0],
+                "random_upper": ends[i][1], "n_scenarios": len(self.units),
             }
             for i, name in enumerate(names)
         )  # fmt: skip
-
-    def save(self, path: str | Path) -> None:
-        """Save as one safetensors file with a JSON header."""
-        save_record(self, path)
 
 
 RANDOM_ABLATIONS = 9

@@ -36,7 +36,7 @@ from empathy_probes.drawing import (
 )  # fmt: skip
 from empathy_probes.errors import InputError
 from empathy_probes.patching_plots import estimate_figure, patching_figure, transplant_figure
-from empathy_probes.steering_plots import gain_figure
+from empathy_probes.steering_plots import ablation_figure, gain_figure
 from empathy_probes.stitching_plots import stitching_figure
 from empathy_probes.trend_plots import trend_figure
 
@@ -45,6 +45,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "lineage": trend_figure,
     "stitching": stitching_figure,
     "gain": gain_figure,
+    "ablation": ablation_figure,
     "patching": patching_figure,
     "attribution": attribution_figure,
     "attribution_patching": estimate_figure,

@@ -1,4 +1,6 @@
-"""What a push along a concept does, drawn from the rows of `gain.csv`: the answer against the dose, its price, the gain by layer."""
+"""What a push along a concept does, drawn from the rows of `gain.csv`: the answer against the dose, its price, the gain by layer; and
+what its direction's absence does, from those of an ablation.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from empathy_probes.drawing import (
     Panel,
     Sheet,
     draw_sheet,
+    line_of,
     plotly_sheet,
     settings,
 )
@@ -108,6 +111,36 @@ def slope_plotly(
 ) -> Any:
     """The same as `slope_figure`, as a plotly figure."""
     return plotly_sheet(_sheet(_rows(frame, concept, template), n))
+
+
+def ablation_figure(frame: pd.DataFrame) -> Figure:
+    """Share of a concept's coupling that goes with its direction, taken out after each layer and after all of them.
+
+    Args:
+        frame: `Ablation.to_frame()`.
+    """
+    return draw_sheet(_ablation_sheet(frame))
+
+
+def ablation_plotly(frame: pd.DataFrame) -> Any:
+    """The same as `ablation_figure`, as a plotly figure."""
+    return plotly_sheet(_ablation_sheet(frame))
+
+
+def _ablation_sheet(frame: pd.DataFrame) -> Sheet:
+    places = np.arange(len(frame), dtype=float)
+    first = frame.iloc[0]
+    middle = frame[["random_lower", "random_upper"]].mean(axis=1)
+    random = line_of(frame.assign(random=middle), "random", "random directions, smallest to largest", GREY)
+    panel = Panel(
+        "Coupling that goes with the direction (95 %)", "removed\n(share)",
+        (line_of(frame, "removed", "the concept's direction", COLOURS["base"]), random), ((0.0, "", GREY, "solid"), (1.0, "", GREY, "dot")),
+        None, None, True,
+    )  # fmt: skip
+    caption = f"ablation · {first['concept']} · {first['template']} · {first['model']} · n = {first['n_scenarios']} scenarios"
+    return Sheet(
+        caption, places, places, (panel,), tuple(frame["layer"].astype(str)), "taken out after block"
+    )
 
 
 def _rows(frame: pd.DataFrame, concept: str | None, template: str | None) -> pd.DataFrame:

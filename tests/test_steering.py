@@ -28,7 +28,7 @@ from empathy_probes.prompts import render
 from empathy_probes.readouts import ask, read_out
 from empathy_probes.sites import Site
 from empathy_probes.steering import dose_response, dose_response_design, respond, spread_layers
-from empathy_probes.steering_plots import gain_figure, slope_figure, slope_plotly
+from empathy_probes.steering_plots import ablation_plotly, gain_figure, slope_figure, slope_plotly
 from empathy_probes.stimuli import ReadoutSpec, StimulusSet, stimuli_from_rows
 from empathy_probes.store import load_record, open_store
 from empathy_probes.vectors import make_vector, neutral_rms
@@ -390,7 +390,16 @@ def test_taking_the_concept_out_takes_the_answer_and_random_directions_do_not(ab
     assert ablated.removed.lower[-1] > 0.5
     assert ablated.random_removed.max() < 0.3 and len(ablated.random_removed) == 9
     frame = ablated.to_frame()
-    assert frame["layer"].tolist() == ["3", "5", "all"] and not frame.isna().any(axis=None)
+    assert frame["layer"].tolist() == ["3", "5", "all"]
+    blank = frame.isna()
+    # Random directions are taken out after all blocks only.
+    assert blank[["random_lower", "random_upper"]].all(axis=1).tolist() == [True, True, False]
+    assert not blank.drop(columns=["random_lower", "random_upper"]).any(axis=None)
+    assert frame["random_upper"].iloc[-1] == ablated.random_removed.max()
+    (axes,) = ablated.plot().axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["3", "5", "all"]
+    assert ablation_plotly(frame).data
+    assert "data:image" in ablated._repr_html_()
 
 
 def test_a_direction_given_is_taken_out_as_it_is(planted: ModelPair, tmp_path: Path) -> None:
