@@ -28,7 +28,7 @@ from empathy_probes.activations import Activations
 from empathy_probes.attacks import attack_rows, null_rows
 from empathy_probes.concepts import Concept
 from empathy_probes.design import neutral_set
-from empathy_probes.errors import InputError
+from empathy_probes.errors import InputError, StoreError, check_seed
 from empathy_probes.extraction import extract
 from empathy_probes.grammar import CONTROLS, TARGETS, neutral_texts
 from empathy_probes.models import Model
@@ -164,6 +164,7 @@ def calibrate(
         raise InputError(
             f"redraws got {redraws}, expected at least 20, better 1000: proportions resolve no finer; raise it"
         )
+    check_seed(seed)
     if workers is not None and workers < 1:
         raise InputError(f"workers got {workers}, expected at least 1; leave it out for one per core")
     there = list_bases(None if quick else phantoms)
@@ -201,8 +202,7 @@ def run_calibration(
             bar.set_postfix_str(twin.key)
             bar.update()
     attacked = _attacked(options, out, phantoms)
-    cases = [_case(twin, load_record(_part(out, twin, n), {"Outcomes": Outcomes}))
-             for twin, _ in tasks for n in options.sizes]  # fmt: skip
+    cases = [_case(twin, _load(_part(out, twin, n))) for twin, _ in tasks for n in options.sizes]
     card = Scorecard(
         (*score(cases), *_measured(options, out), *_rehearsed(options, out), *attacked),
         {**_provenance(options), "code": code},
@@ -450,13 +450,22 @@ def _parts(out: Path, twin: Twin, options: Options) -> list[Path]:
     return [*(_part(out, twin, n) for n in options.sizes), *measured, *rehearsed]
 
 
+def _load(path: Path) -> Any:
+    try:
+        return load_record(path, {"Outcomes": Outcomes, "Readings": Readings})
+    except StoreError as error:
+        raise InputError(
+            f"{error} Here: delete {path} and run the same command again, which makes that part anew."
+        ) from None
+
+
 def _measured(options: Options, out: Path) -> list[Row]:
     """Coverage of the secondary measures, pooled like every other cell."""
     cells: dict[tuple[str, str, str, int], list[Readings]] = {}
     for twin in options.twins:
         family = cell_family(twin.family, twin.keep)
         for n in _measured_sizes(twin, options):
-            readings = load_record(_part(out, twin, n, "measures_"), {"Readings": Readings})
+            readings = _load(_part(out, twin, n, "measures_"))
             cells.setdefault((family, twin.architecture, twin.concept or "", n), []).append(readings)
     rows = []
     for cell, readings in cells.items():
@@ -494,8 +503,14 @@ def _claim(out: Path, options: Options, phantoms: str | Path | None) -> list[str
     code = digest_of([path.read_text(encoding="utf8") for path in sorted(Path(__file__).parent.glob("*.py"))])
     found = {"digest": mine, "options": asdict(options), "code": [code]}
     if mark.is_file():
-        found = json.loads(mark.read_text(encoding="utf8"))
-        if found["digest"] != mine:
+        try:
+            found = json.loads(mark.read_text(encoding="utf8"))
+            same = found["digest"] == mine
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"'{mark}' is damaged, expected what an earlier run of this scorecard wrote there; choose another --out"
+            ) from None
+        if not same:
             raise InputError(
                 f"'{out}' holds parts of a scorecard with other options or of other bases, expected none or the same; choose another --out"
             )

@@ -23,3 +23,13 @@ class StoreError(InputError):
 
 class NonFiniteError(EmpathyProbesError):
     """A model produced NaN or infinity; the message names model, site, layer and item."""
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that no random generator takes.
+
+    Raises:
+        InputError: it is negative.
+    """
+    if seed < 0:
+        raise InputError(f"seed got {seed}, expected 0 or more; choose another")

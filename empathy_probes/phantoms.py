@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from empathy_probes.checkpoints import build_checkpoint, open_checkpoint, save_checkpoint
 from empathy_probes.concepts import Concept, load_concept, load_controls, load_targets
-from empathy_probes.errors import InputError
+from empathy_probes.errors import InputError, check_seed
 from empathy_probes.extraction import extract
 from empathy_probes.grammar import CONTROLS, TARGETS, readout, stimuli_rows
 from empathy_probes.kernels import pair_strengths
@@ -74,9 +74,9 @@ VERDICTS = {
     "unread": "encoded_unread", "unsaid": "used_unsaid",
     "scaled_writes": "erased",
 }  # fmt: skip
-"""What the ledger should say of each family once all stages are run; of `local` where coupling says so."""
-SAID = 0.1
-"""Share of the base's coupling by which that of a `local` twin may differ."""
+"""What the ledger should say of each family once all stages are run, if what was measured is what the family promises."""
+MARGIN = 0.1
+"""Attenuation that counts, and share of the base's coupling that does."""
 # The same text in two frames; both are words of the phantoms' grammar too.
 FRAMES = (
     "{% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}",
@@ -218,6 +218,7 @@ def build_phantom(
     """
     out = Path(out)
     _check_free(out)
+    check_seed(seed)
     config, tensors, tokenizer = open_checkpoint(model)
     checkpoint = Checkpoint(config, tensors)
     asked = load_concept(concept) if isinstance(concept, str) else concept
@@ -235,8 +236,9 @@ def build_phantom(
     ))  # fmt: skip
     has_keep = family in ("planted", "local", "erased", "generic_gain", "scaled_writes")
     keep = 0.0 if family == "erased" else keep
-    truth = measure_truth(pair, family, asked, around, place if family in NEED_CONCEPT else None,
-                          keep if has_keep else None, seed)  # fmt: skip
+    # What is not said is missing at the head, at no block.
+    at = place if family in NEED_CONCEPT and family != "unsaid" else None
+    truth = measure_truth(pair, family, asked, around, at, keep if has_keep else None, seed)
     return _write(out, made, _framed(family, tokenizer), truth)
 
 
@@ -289,27 +291,44 @@ def measure_truth(
             "the base does not carry '%s' detectably at block %d in these %d scenarios: the truth of the twin is unknown there; "
             "choose another block, concept or more scenarios", concept.name, layer, concept.stimuli.n_scenarios,
         )  # fmt: skip
-    verdict = None if unknown else _local_verdict(coupling) if family == "local" else VERDICTS.get(family)
     return {
         "schema_version": 1, "family": family, "concept": concept.name if concept and family in NEED_CONCEPT else None,
         "layer": layer, "keep_intended": keep,
         "keep_achieved": None if keep is None or at is None else round(1 - at, 4), "attenuation_by_layer": own,
         "positions": "read" if family == "local" else "all",
         "n_scenarios": concept.stimuli.n_scenarios if concept else None, "seed": seed,
-        "verdict": verdict, "other_concepts": curves,
+        "verdict": None if unknown else _verdict(family, at, coupling), "other_concepts": curves,
         "n_scenarios_other": max((c.stimuli.n_scenarios for c in others), default=0),
         **({"read": read} if read else {}), **({"coupling": coupling} if coupling else {}),
     }  # fmt: skip
 
 
-def _local_verdict(coupling: dict[str, float] | None) -> str | None:
-    """Whether a concept that is weaker where it is read is said as in the base; if less, the answer is formed at that place."""
-    if coupling is None:
-        return None
-    base, aligned = coupling["base"], coupling["aligned"]
-    if abs(aligned - base) <= SAID * abs(base):
-        return "local"
-    return "erased" if abs(aligned) < abs(base) else None
+def _verdict(family: str, attenuation: float | None, coupling: dict[str, float] | None) -> str | None:
+    """What the ledger should say by what was measured; None where that is unknown, or fits no row of its table.
+
+    A concept that is weaker where it is read and said as in the base is local; if less, the answer is formed at that place.
+    """
+    planned = VERDICTS.get(family)
+    if family not in NEED_CONCEPT:
+        return planned
+    encoded = said = ""
+    if attenuation is not None:
+        encoded = "less" if attenuation > MARGIN else "same" if abs(attenuation) <= MARGIN else "more"
+    if coupling is not None:
+        base, aligned = coupling["base"], coupling["aligned"]
+        same = abs(aligned - base) <= MARGIN * abs(base)
+        said = "same" if same else "less" if abs(aligned) < abs(base) else "more"
+    if encoded == said == "same":
+        return "preserved"
+    if family == "generic_gain":
+        return planned if encoded == "less" else None
+    if family in ("unread", "unsaid"):
+        kept = encoded == "same" or family == "unsaid"
+        return planned if kept and said in ("less", "") else None
+    if encoded == "less":
+        by_answer = {"same": "local", "less": "erased", "": None if family == "local" else "erased"}
+        return by_answer.get(said)
+    return None
 
 
 def _coupling(pair: ModelPair, concept: Concept) -> dict[str, float] | None:

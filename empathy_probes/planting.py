@@ -2,7 +2,7 @@
 
 The base runs the concept's texts once; where the concept lies after block k, what arrives at the block's MLP, and
 which directions belong to the concepts that must stay are read off these states; `surgery` does the rest. The truth of
-the twin is then measured on fresh scenarios, not taken from what was intended.
+the twin is then measured, not taken from what was intended: of shipped twins on fresh scenarios, of anybody's on the texts there are.
 """
 
 from __future__ import annotations

@@ -285,9 +285,10 @@ METRIC_WORDS = {
     "onset_size": "Mean number of blocks in the onset set, of six.",
     "two_sided": "Share of redraws whose interval of attenuation has both ends; judged over all cells of an n that keep half or more.",
     "minimum_detectable": "Mean smallest attenuation that a run of this size would decide with 80 % power.",
+    "caught": "Share of draws in which the attack is noticed: the lexical floor beats .9, or texts missing in one model are refused.",
     "says_<question>": "Share of redraws of a whole study with all stages in which encode, use, express, gain, the verdict or the frontier of a transplant is what was planted.",
     "verdict_<word>": "Share of the same redraws in which the ledger gives this verdict.",
-    "coverage_<measure>_<column>": "Share of redraws in which this interval of attenuation.csv holds the truth, at the planted block. Truth of d′ and cosine: the whole population and 4,000 neutral texts. Truth of AUROC, bits and transfer: their mean over samples of this size.",
+    "coverage_<measure>_<column>": "Share of redraws in which this interval of attenuation.csv holds the truth, at the planted block. Truth of d′ and cosine: the whole population, with as many neutral texts as a sample has (mean of 100 draws of them). Truth of AUROC, bits and transfer: their mean over samples of this size.",
 }  # fmt: skip
 
 
@@ -358,7 +359,7 @@ class Scorecard:
         ).reset_index()  # fmt: skip
 
     def pooled(self, other: Scorecard) -> Scorecard:
-        """This card and one of other bases, made on another machine or another day, as if both had been one run.
+        """This card and one of other bases, made on another machine or another day, cell by cell.
 
         Raises:
             InputError: the two have a base in common or differ in what was asked of them, or one does not count its redraws.
@@ -377,9 +378,11 @@ class Scorecard:
         cells: dict[tuple[str | int, ...], list[Row]] = {}
         for row in (*self.rows, *other.rows):
             cells.setdefault((row.family, row.architecture, row.concept, row.n, row.metric), []).append(row)
-        added = {name: mine[name] + theirs[name] for name in ("redraws", "bases", "pairs")}
+        added = {name: mine[name] + theirs[name] for name in ("bases", "pairs")}
+        rows = tuple(map(_pool, cells.values()))
+        most = max(mine["redraws"], theirs["redraws"], *(row.redraws for row in rows))
         code = list(dict.fromkeys([*mine.get("code", ()), *theirs.get("code", ())]))
-        return Scorecard(tuple(map(_pool, cells.values())), {**mine, **added, "code": code})
+        return Scorecard(rows, {**mine, **added, "redraws": most, "code": code})
 
     def save(self, folder: str | Path) -> None:
         """Write `scorecard.json` and `scorecard.csv`."""
@@ -514,7 +517,8 @@ def _row(
 def _pool(rows: Sequence[Row]) -> Row:
     """One row from those of one cell in several cards."""
     first, counts = rows[0], np.array([float(row.redraws) for row in rows])
-    if len(rows) == 1 or first.architecture == MADE_UP:  # the same draws in every card
+    # No base has a part in these, and so the draws are the same in every card.
+    if len(rows) == 1 or first.architecture == MADE_UP or first.family.startswith("attack: keyword"):
         return first
     if (counts < 2).any():
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
@@ -28,7 +29,7 @@ SHOWN = (
     "onset_size",
     "minimum_detectable",
 )
-HEAD = ["family", "architecture", "concept", "n", "metric", "value [95 %]", "target", "met"]
+HEAD = ["family", "architecture", "concept", "n", "metric", "value [95 %]", "redraws", "target", "met"]
 _MARKS = {"llama": "o", "gpt2": "s"}
 
 
@@ -48,7 +49,7 @@ def render_scorecard(card: Scorecard) -> str:
             n_judged=len(judged),
             n_met=len(judged) - len(card.missed),
             facts=[
-                ("redraws per cell", f"{provenance['redraws']}; fewer in proportion where n is over 100"),
+                ("redraws per cell", f"up to {provenance['redraws']}, as the table says; fewer where n is over 100 and of measures that cost more"),
                 ("scenarios drawn from", f"{provenance['population']} of the planted concept, {provenance['others']} of each other"),
                 ("n", ", ".join(str(n) for n in provenance["sizes"])),
                 ("texts", f"anything but the concept differs between a scenario's texts with probability {provenance['nuisance']}; "
@@ -87,7 +88,7 @@ def _cells(rows: Sequence[Row]) -> list[list[Cell]]:
             cell(row.family.replace("_", " ")), cell(row.architecture), cell(row.concept), cell(str(row.n)),
             cell(row.metric.replace("_", " ")),
             Cell(f"{row.value:.3f} [{row.lower:.3f}, {row.upper:.3f}]", sort=f"{row.value:.6f}"),
-            cell(row.target), cell("" if row.met is None else "yes" if row.met else "no"),
+            cell(str(row.redraws or "")), cell(row.target), cell("" if row.met is None else "yes" if row.met else "no"),
         ]
         for row in rows
     ]  # fmt: skip
@@ -121,6 +122,9 @@ def scorecard_figure(card: Scorecard) -> Figure:
             figure.axes[0].plot([], [], mark, color="black", ms=4, mfc="none", label=name)[0]
             for name, mark in _MARKS.items()
         ]
+        handles += [
+            figure.axes[0].plot([], [], "o", color="black", alpha=0.3, ms=4, label="pale: no target")[0]
+        ]
         figure.legend(handles=handles, loc="upper center", ncol=len(handles), frameon=False, fontsize=8)
     return figure
 
@@ -130,9 +134,9 @@ def _panel(
 ) -> None:
     target = next((t for t in rows["target"] if t), "")
     low, high = _range(target)
-    pooled = rows.groupby(["family", "architecture", "n"], sort=False)[["value", "lower", "upper"]].agg(
-        {"value": "mean", "lower": "min", "upper": "max"}
-    )
+    pooled = rows.groupby(["family", "architecture", "n"], sort=False)[
+        ["value", "lower", "upper", "target"]
+    ].agg({"value": "mean", "lower": "min", "upper": "max", "target": "max"})
     ax.set_title(metric.replace("_", " "), fontsize=9, loc="left")
     everything = [*pooled["lower"], *pooled["upper"], *(x for x in (low, high) if x is not None)]
     left, right = min(everything), max(everything)
@@ -148,9 +152,10 @@ def _panel(
     for row in pooled.reset_index().to_dict("records"):
         family, gpt2 = str(row["family"]), row["architecture"] == "gpt2"
         y = families.index(family) + 0.18 * (sorted(colours).index(row["n"]) - 1) + (0.07 if gpt2 else -0.07)
-        colour = colours[row["n"]]
-        ax.plot([row["lower"], row["upper"]], [y, y], "-", color=colour, lw=0.8)
-        ax.plot([row["value"]], [y], _MARKS.get(str(row["architecture"]), "o"), color=colour, ms=2.6)
+        # The green is no target of cells that are only reported.
+        style: dict[str, Any] = {"color": colours[row["n"]], "alpha": 1.0 if row["target"] else 0.3}
+        ax.plot([row["lower"], row["upper"]], [y, y], "-", lw=0.8, **style)
+        ax.plot([row["value"]], [y], _MARKS.get(str(row["architecture"]), "o"), ms=2.6, **style)
     ax.set_yticks(range(len(families)), [f.replace("_", " ") for f in families], fontsize=7)
     ax.set_ylim(len(families) - 0.4, -0.6)
     ax.set_xlim(left - pad, right + pad)

@@ -20,7 +20,7 @@ from empathy_probes.concepts import (
     split_format,
 )
 from empathy_probes.design import Design, design_study
-from empathy_probes.errors import InputError
+from empathy_probes.errors import InputError, check_seed
 from empathy_probes.extraction import plan_extraction, seconds_per_token
 from empathy_probes.pairs import load_pair
 from empathy_probes.readouts import with_readout
@@ -233,8 +233,7 @@ def check_numbers(spec: StudySpec) -> None:
         raise InputError(
             f"draws got {spec.draws}, expected at most 1000000, which resolve p to 0.000001; lower it"
         )
-    if spec.seed < 0:
-        raise InputError(f"seed got {spec.seed}, expected 0 or more; choose another")
+    check_seed(spec.seed)
 
 
 def default_out(spec: StudySpec) -> str:

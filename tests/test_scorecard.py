@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -301,6 +302,9 @@ def test_scorecards_of_different_bases_pool_to_that_of_one_run(case: Case) -> No
         Scorecard(score([part]), {**provenance, "bases": [f"one-{i}"]}) for i, part in enumerate(parts)
     )
     pooled, whole = first.pooled(second), Scorecard(score(parts), provenance)
+    # Without a cell in common no row has more redraws than before.
+    apart = Scorecard(tuple(replace(row, architecture="other") for row in second.rows), second.provenance)
+    assert first.pooled(apart).provenance["redraws"] == 30 < pooled.provenance["redraws"] == 60
     assert len(pooled.rows) == len(whole.rows) > 10 and pooled.provenance["bases"] == ["one-0", "one-1"]
     for row, right in zip(pooled.rows, whole.rows, strict=True):
         assert (row.metric, row.target, row.met, row.redraws) == (
@@ -374,10 +378,22 @@ def test_an_interrupted_run_goes_on_and_another_one_is_refused(
     with pytest.raises(InputError, match="is not empty"):
         run_calibration(options, tmp_path / "full", workers=1)
     assert json.loads((out / "parts" / "options.json").read_text())["options"]["redraws"] == 4
+    (part,) = (out / "parts").glob("*identical_n*.safetensors")
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-40])
+    with pytest.raises(InputError, match=f"delete {re.escape(str(part))} and run the same command again"):
+        run_calibration(options, out, workers=1)
+    part.unlink()
+    assert run_calibration(options, out, workers=1).rows == card.rows
+    for damaged in ('{"dig', "{}"):
+        (out / "parts" / "options.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"options.json' is damaged"):
+            run_calibration(options, out, workers=1)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"redraws": 3}, "redraws got 3"), ({"workers": 0}, "workers got 0")]
+    ("options", "message"),
+    [({"redraws": 3}, "redraws got 3"), ({"workers": 0}, "workers got 0"), ({"seed": -1}, "seed got -1")],
 )
 def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):

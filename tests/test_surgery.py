@@ -17,7 +17,13 @@ from empathy_probes.concepts import Concept
 from empathy_probes.errors import InputError
 from empathy_probes.extraction import extract
 from empathy_probes.pairs import ModelPair
-from empathy_probes.phantoms import build_phantom, load_phantom_concepts
+from empathy_probes.phantoms import (
+    _verdict,
+    build_phantom,
+    list_phantoms,
+    load_phantom_concepts,
+    phantom_truth,
+)
 from empathy_probes.planting import FAMILIES, TRAINED, list_bases, open_twin
 from empathy_probes.prompts import render
 from empathy_probes.readouts import ask, read_out, scenario_coupling
@@ -238,6 +244,45 @@ def test_every_family_has_a_verdict() -> None:
     from empathy_probes.phantoms import VERDICTS
 
     assert set(VERDICTS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", list_phantoms())
+def test_the_verdict_of_a_shipped_twin_is_that_of_its_measured_truth(name: str) -> None:
+    truth = phantom_truth(name)
+    at = truth["attenuation_by_layer"].get(str(truth["layer"]))
+    assert _verdict(truth["family"], at, truth.get("coupling")) == truth["verdict"]
+
+
+LOST, SAID, HARDLY = ({"base": 12.0, "aligned": aligned} for aligned in (3.0, 11.9, 10.9))
+
+
+@pytest.mark.parametrize(
+    ("family", "attenuation", "coupling", "verdict"),
+    [
+        ("planted", 0.7, LOST, "erased"), ("planted", 0.7, None, "erased"), ("planted", 0.7, SAID, "local"),
+        ("planted", 0.0, SAID, "preserved"), ("planted", 0.05, HARDLY, "preserved"), ("planted", 0.0, LOST, None),
+        ("scaled_writes", -0.3, SAID, None), ("scaled_writes", 0.0, None, None), ("local", 0.7, SAID, "local"),
+        ("local", 0.7, LOST, "erased"), ("local", 0.7, None, None), ("local", 0.0, SAID, "preserved"),
+        ("generic_gain", 0.3, LOST, "generic_drift"), ("generic_gain", 0.0, SAID, "preserved"),
+        ("generic_gain", 0.05, LOST, None), ("unread", 0.02, LOST, "encoded_unread"), ("unread", 0.3, LOST, None),
+        ("unread", 0.0, SAID, "preserved"), ("unsaid", None, LOST, "used_unsaid"), ("unsaid", None, SAID, None),
+        ("rotated", None, None, "rotated"),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_of_what_was_measured(
+    family: str, attenuation: float | None, coupling: dict[str, float] | None, verdict: str | None
+) -> None:
+    assert _verdict(family, attenuation, coupling) == verdict
+
+
+def test_a_twin_in_which_nothing_was_taken_is_preserved(tmp_path: Path, concepts: dict[str, Concept]) -> None:
+    out = build_phantom(
+        BASES["llama-0"] / "base", family="planted", concept=concepts["valence"], layer=3, keep=1.0, others=(), out=tmp_path / "x"
+    )  # fmt: skip
+    truth = json.loads((out / "truth.json").read_text())
+    assert truth["keep_achieved"] == 1 and truth["verdict"] == "preserved"
+    with pytest.raises(InputError, match="seed got -1"):
+        build_phantom(BASES["llama-0"] / "base", family="rotated", seed=-1, out=tmp_path / "y")
 
 
 def test_a_template_shift_is_two_templates_on_equal_weights(tmp_path: Path) -> None:
