@@ -11,6 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from empathy_probes.drawing import BLUE, GREEN, GREY, VERMILLION, settings, svg
 from empathy_probes.pages import environment, image_uri, script_hash, template_text
@@ -29,7 +30,7 @@ SHOWN = (
     "onset_size",
     "minimum_detectable",
 )
-HEAD = ["family", "architecture", "concept", "n", "metric", "value [95 %]", "redraws", "target", "met"]
+HEAD = ["family", "architecture", "concept", "n", "metric", "value [95 %]", "target", "met", "redraws"]
 _MARKS = {"llama": "o", "gpt2": "s"}
 
 
@@ -88,7 +89,8 @@ def _cells(rows: Sequence[Row]) -> list[list[Cell]]:
             cell(row.family.replace("_", " ")), cell(row.architecture), cell(row.concept), cell(str(row.n)),
             cell(row.metric.replace("_", " ")),
             Cell(f"{row.value:.3f} [{row.lower:.3f}, {row.upper:.3f}]", sort=f"{row.value:.6f}"),
-            cell(str(row.redraws or "")), cell(row.target), cell("" if row.met is None else "yes" if row.met else "no"),
+            cell(row.target), cell("" if row.met is None else "yes" if row.met else "no"),
+            cell(str(row.redraws or "")),
         ]
         for row in rows
     ]  # fmt: skip
@@ -160,6 +162,7 @@ def _panel(
     ax.set_ylim(len(families) - 0.4, -0.6)
     ax.set_xlim(left - pad, right + pad)
     ax.tick_params(axis="x", labelsize=7)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _range(target: str) -> tuple[float | None, float | None]:
