@@ -19,11 +19,13 @@ from empathy_probes.measurements import measure_concept
 from empathy_probes.nulls import direction_gaps
 from empathy_probes.probes import N_FOLDS, lexical_scores
 from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrasts_of, redraw
-from empathy_probes.scorecard import MADE_UP, Row, Target, mean_row, proportion_row
+from empathy_probes.scorecard import MADE_UP, TEXTS_ALONE, Row, Target, mean_row, proportion_row
 from empathy_probes.secondary import Exhibit
 from empathy_probes.stats import auroc_interval, critical_t, grouped_folds
 
 CLUSTER = 5
+# Most draws of attacks on texts, which have a bag of words or a study to make each time.
+TEXT_DRAWS = 40
 
 
 # ---------------------------------------------------------------- attacks
@@ -171,13 +173,10 @@ def attack_rows(
     sample = next(s for s in planted.samples if s.concept == concept)
     without, within = correlated(planted, sample, planted.layers.index(layer), n * 2, redraws, seed)
     swapped = _decisions(shuffled_labels(planted, n, redraws, seed))
-    texts = min(redraws, 40)
     return (
         row("attack: shuffled labels", "false_alarm", swapped, rare),
-        row("attack: keyword leak", "caught", keyword_leak(n, texts, seed), often),
-        row("attack: keyword leak, without the keyword", "caught", keyword_leak(n, texts, seed, leaked=False), rare),
         row("attack: another template frame", "false_alarm", _decisions(redraw(framed, n, redraws, seed)), rare),
-        row("attack: texts missing in one model", "caught", missing_texts(shown, texts, seed), often),
+        row("attack: texts missing in one model", "caught", missing_texts(shown, min(redraws, TEXT_DRAWS), seed), often),
         row("attack: scenarios told five times, no cluster", "coverage_attenuation", without, None, concept),
         row("attack: scenarios told five times, cluster given", "coverage_attenuation", within,
             Target(0.92, consistent=True), concept),
@@ -213,6 +212,17 @@ def _ablations(
         mean_row(*gap, "bias", found[:, 0] - truth),
         proportion_row(*gap, "coverage_attenuation", held),
     )
+
+
+def keyword_rows(n: int, redraws: int, seed: int) -> tuple[Row, ...]:
+    """A keyword that gives the label away, and the same texts without it: of texts alone, whatever the bases."""
+    draws = min(redraws, TEXT_DRAWS)
+    leaked, clean = (keyword_leak(n, draws, seed, leaked=leaked) for leaked in (True, False))
+    said = (TEXTS_ALONE, "", n, "caught")
+    return (
+        proportion_row("attack: keyword leak", *said, leaked, Target(0.95)),
+        proportion_row("attack: keyword leak, without the keyword", *said, clean, Target(most=0.05, consistent=True)),
+    )  # fmt: skip
 
 
 def null_rows(draws: int, seed: int) -> tuple[Row, ...]:

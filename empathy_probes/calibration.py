@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from empathy_probes import __version__
 from empathy_probes.activations import Activations
-from empathy_probes.attacks import attack_rows, null_rows
+from empathy_probes.attacks import attack_rows, keyword_rows, null_rows
 from empathy_probes.concepts import Concept
 from empathy_probes.design import neutral_set
 from empathy_probes.errors import InputError, StoreError, check_seed
@@ -229,11 +229,12 @@ def _attacked(options: Options, out: Path, phantoms: str | Path | None) -> tuple
                 population(Twin(base, "identical"), few, phantoms, frame="We met . "),
                 population(Twin(base, "rescaled"), few, phantoms),
                 exhibit(Twin(base, "planted", concept, layer, keep), few, phantoms),
-                architecture, concept, layer, 100, options.attack_redraws, options.seed,
+                architecture, concept, layer, ATTACKED, options.attack_redraws, options.seed,
             )  # fmt: skip
             write_file(path, json.dumps([asdict(row) for row in made]).encode())
-        rows += [Row(**row) for row in json.loads(path.read_text(encoding="utf8"))]
-    return (*rows, *null_rows(options.attack_redraws, options.seed))
+        rows += [Row(**row) for row in _read_json(path)]
+    draws = options.attack_redraws
+    return (*rows, *keyword_rows(ATTACKED, draws, options.seed), *null_rows(draws, options.seed))
 
 
 def _completed(
@@ -317,7 +318,7 @@ def _rehearsed(options: Options, out: Path) -> list[Row]:
     cells: dict[tuple[str, str, str, int], list[tuple[Twin, dict[str, Sequence[str]]]]] = {}
     for twin in options.twins:
         if _is_rehearsed(twin, options):
-            spoken = json.loads(_rehearsal_part(out, twin).read_text(encoding="utf8"))
+            spoken = _read_json(_rehearsal_part(out, twin))
             for n, words in spoken.items():
                 cell = (cell_family(twin.family, twin.keep), twin.architecture, twin.concept or "", int(n))
                 cells.setdefault(cell, []).append((twin, words))
@@ -406,6 +407,8 @@ POPULATION_SEED = 50_000
 """Keeps the scenarios apart from those that twins are made with and from those of truth.json."""
 NEUTRAL_POPULATION = 4000
 REHEARSED_NEUTRAL = 320
+ATTACKED = 100
+"""Scenarios of every attack."""
 MEASURED_UP_TO = 100
 """Largest sample of the secondary measures: their nested probes cost a second and more beyond."""
 
@@ -453,10 +456,21 @@ def _parts(out: Path, twin: Twin, options: Options) -> list[Path]:
 def _load(path: Path) -> Any:
     try:
         return load_record(path, {"Outcomes": Outcomes, "Readings": Readings})
-    except StoreError as error:
-        raise InputError(
-            f"{error} Here: delete {path} and run the same command again, which makes that part anew."
-        ) from None
+    except StoreError:
+        raise _damaged(path) from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except ValueError:
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(
+        f"'{path}' is damaged, expected a part that an earlier run wrote; delete {path} and run the same command again"
+    )
 
 
 def _measured(options: Options, out: Path) -> list[Row]:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from empathy_probes.checkpoints import build_checkpoint, open_checkpoint, save_checkpoint
 from empathy_probes.concepts import Concept, load_concept, load_controls, load_targets
+from empathy_probes.design import Settings
 from empathy_probes.errors import InputError, check_seed
 from empathy_probes.extraction import extract
 from empathy_probes.grammar import CONTROLS, TARGETS, readout, stimuli_rows
@@ -75,7 +76,7 @@ VERDICTS = {
     "scaled_writes": "erased",
 }  # fmt: skip
 """What the ledger should say of each family once all stages are run, if what was measured is what the family promises."""
-MARGIN = 0.1
+MARGIN = Settings().margin
 """Attenuation that counts, and share of the base's coupling that does."""
 # The same text in two frames; both are words of the phantoms' grammar too.
 FRAMES = (
@@ -313,7 +314,7 @@ def _verdict(family: str, attenuation: float | None, coupling: dict[str, float] 
         return planned
     encoded = said = ""
     if attenuation is not None:
-        encoded = "less" if attenuation > MARGIN else "same" if abs(attenuation) <= MARGIN else "more"
+        encoded = "same" if abs(attenuation) <= MARGIN else "less" if attenuation > 0 else "more"
     if coupling is not None:
         base, aligned = coupling["base"], coupling["aligned"]
         same = abs(aligned - base) <= MARGIN * abs(base)
@@ -325,10 +326,10 @@ def _verdict(family: str, attenuation: float | None, coupling: dict[str, float] 
     if family in ("unread", "unsaid"):
         kept = encoded == "same" or family == "unsaid"
         return planned if kept and said in ("less", "") else None
-    if encoded == "less":
-        by_answer = {"same": "local", "less": "erased", "": None if family == "local" else "erased"}
-        return by_answer.get(said)
-    return None
+    if encoded != "less":
+        return None
+    # What nobody asked of a local twin is what makes it one.
+    return {"same": "local", "less": "erased", "": None if family == "local" else "erased"}.get(said)
 
 
 def _coupling(pair: ModelPair, concept: Concept) -> dict[str, float] | None:

@@ -33,7 +33,7 @@ MARGIN = 0.10
 # Strength from which on a block of a phantom is said to carry a concept.
 CARRIED = 0.1
 # Architecture of rows that are about no base.
-MADE_UP = "made-up states"
+MADE_UP, TEXTS_ALONE = "made-up states", "texts alone"
 # Twins whose residual stream holds exactly what their base's does: everything must be equivalent.
 EXACT = ("identical", "rotated", "rescaled", "unsaid")
 
@@ -518,7 +518,7 @@ def _pool(rows: Sequence[Row]) -> Row:
     """One row from those of one cell in several cards."""
     first, counts = rows[0], np.array([float(row.redraws) for row in rows])
     # No base has a part in these, and so the draws are the same in every card.
-    if len(rows) == 1 or first.architecture == MADE_UP or first.family.startswith("attack: keyword"):
+    if len(rows) == 1 or first.architecture in (MADE_UP, TEXTS_ALONE):
         return first
     if (counts < 2).any():
         raise InputError(

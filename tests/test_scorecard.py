@@ -21,6 +21,7 @@ from empathy_probes.attacks import (
     gap_attenuation,
     in_raw_units,
     keyword_leak,
+    keyword_rows,
     missing_texts,
     null_rows,
     shuffled_labels,
@@ -512,6 +513,17 @@ def test_scenarios_told_five_times_need_their_cluster(population: Population) ->
 
 def test_a_keyword_is_read_by_the_floor_and_nothing_where_there_is_none() -> None:
     assert keyword_leak(60, 3, 0).all() and not keyword_leak(60, 3, 0, leaked=False).any()
+    leaked, clean = keyword_rows(60, 3, 0)
+    assert (leaked.value, clean.value, leaked.redraws, leaked.architecture) == (1, 0, 3, "texts alone")
+    # The same draws in every card, and so no more of them in two.
+    provenance = {
+        name: 0 for name in ("version", "population", "others", "draws", "nuisance", "doubt", "seed", "sizes")
+    }
+    one, two = (
+        Scorecard((leaked, clean), {**provenance, "redraws": 3, "bases": [base], "pairs": 1})
+        for base in ("a-0", "b-0")
+    )
+    assert one.pooled(two).rows == one.rows
 
 
 def test_a_study_of_which_a_model_has_not_read_all_texts_is_refused(exhibit: Exhibit) -> None:
