@@ -76,7 +76,7 @@ def missing_texts(exhibit: Exhibit, draws: int, seed: int) -> Float[np.ndarray, 
 def correlated(
     population: Population, sample: Sample, layer: int, n: int, redraws: int, seed: int
 ) -> tuple[Float[np.ndarray, " redraw"], Float[np.ndarray, " redraw"]]:
-    """Whether the interval of attenuation holds the truth when every scenario is told five times over.
+    """Whether the interval of attenuation holds the truth when each of `n` scenarios is told five times over.
 
     Returns:
         Without and with `cluster`.
@@ -86,7 +86,7 @@ def correlated(
     truth = population.truth[targets.index(sample.concept), layer, k]
     held: tuple[list[float], list[float]] = ([], [])
     for r in range(redraws):
-        rows = np.random.default_rng([seed, 31, r]).choice(sample.n, n // CLUSTER, replace=False)
+        rows = np.random.default_rng([seed, 31, r]).choice(sample.n, n, replace=False)
         for into, chosen in zip(held, (np.repeat(rows, CLUSTER), rows), strict=True):
             curve = contrasts_of(sample, chosen[None], population)[0].attenuation
             low, high = curve.lower[layer], curve.upper[layer]
@@ -167,19 +167,23 @@ def attack_rows(
     """
     rare, often = Target(most=0.05, consistent=True), Target(0.95)
 
-    def row(name: str, metric: str, values: np.ndarray, target: Target | None = None, of: str = "") -> Row:
+    told = 2 * n // CLUSTER
+
+    def row(
+        name: str, metric: str, values: np.ndarray, target: Target | None = None, of: str = "", n: int = n
+    ) -> Row:
         return proportion_row(name, architecture, of, n, metric, values, target)
 
     sample = next(s for s in planted.samples if s.concept == concept)
-    without, within = correlated(planted, sample, planted.layers.index(layer), n * 2, redraws, seed)
+    without, within = correlated(planted, sample, planted.layers.index(layer), told, redraws, seed)
     swapped = _decisions(shuffled_labels(planted, n, redraws, seed))
     return (
         row("attack: shuffled labels", "false_alarm", swapped, rare),
         row("attack: another template frame", "false_alarm", _decisions(redraw(framed, n, redraws, seed)), rare),
         row("attack: texts missing in one model", "caught", missing_texts(shown, min(redraws, TEXT_DRAWS), seed), often),
-        row("attack: scenarios told five times, no cluster", "coverage_attenuation", without, None, concept),
+        row("attack: scenarios told five times, no cluster", "coverage_attenuation", without, None, concept, told),
         row("attack: scenarios told five times, cluster given", "coverage_attenuation", within,
-            Target(0.92, consistent=True), concept),
+            Target(0.92, consistent=True), concept, told),
         *_ablations(planted, scaled, sample, architecture, layer, n, redraws, seed),
     )  # fmt: skip
 

@@ -507,7 +507,7 @@ def test_shuffled_labels_leave_nothing_to_decide(population: Population) -> None
 
 
 def test_scenarios_told_five_times_need_their_cluster(population: Population) -> None:
-    without, within = correlated(population, population.samples[0], 2, 200, 60, 0)
+    without, within = correlated(population, population.samples[0], 2, 40, 60, 0)
     assert without.mean() < 0.8 and within.mean() > 0.9
 
 
