@@ -500,6 +500,35 @@ def test_the_scorecard_has_rows_of_secondary_measures(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- attacks and ablations
 
 
+def test_attacks_are_made_once_for_every_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, population: Population, exhibit: Exhibit
+) -> None:
+    asked: list[tuple[str, str, str]] = []
+
+    def shown(twin: Twin, *rest: object, frame: str = "") -> Population:
+        asked.append((twin.base, twin.family, frame))
+        return population
+
+    monkeypatch.setattr(calibration, "population", shown)
+    monkeypatch.setattr(calibration, "exhibit", lambda twin, *rest: exhibit)
+    bases = ("llama-0", "llama-1", "gpt2-0")
+    options = Options(tuple(Twin(base, "identical") for base in bases), attack_redraws=5)
+    (tmp_path / "parts").mkdir()
+    rows = calibration._attacked(options, tmp_path, None)
+    firsts = ("llama-0", "gpt2-0")
+    assert {(base, family) for base, family, _ in asked} == {
+        (base, family) for base in firsts for family in ("planted", "identical", "rescaled")
+    }
+    assert [family for _, family, frame in asked if frame] == ["identical", "identical"]
+    found = {(row.family, row.architecture, row.metric): row for row in rows}
+    assert len(rows) == len(found) == 2 * 8 + 4
+    told = found["attack: scenarios told five times, no cluster", "llama", "coverage_attenuation"]
+    assert (told.n, told.redraws, told.concept) == (40, 5, "valence") and told.value < 1
+    assert found["attack: shuffled labels", "gpt2", "false_alarm"].value == 0
+    assert found["attack: another template frame", "gpt2", "false_alarm"].value == 1, "planted, in these"
+    assert calibration._attacked(options, tmp_path, None) == rows and len(asked) == 6
+
+
 def test_shuffled_labels_leave_nothing_to_decide(population: Population) -> None:
     outcomes = shuffled_labels(population, 60, 20, 0)
     assert not np.isin(outcomes.decisions, (1, 2)).any()
