@@ -212,7 +212,7 @@ def _add_phantom(commands: Any, anywhere: argparse.ArgumentParser) -> None:
     phantom.add_argument("--stimuli", metavar="FILE", help="or stimuli of your own")
     phantom.add_argument("--layer", type=int, help="0-based block (default: the middle one)")
     phantom.add_argument("--through", type=int, help="last block of scaled_writes (default: the last one)")
-    phantom.add_argument("--keep", type=float, default=0.25, help="what is left of it (default %(default)s)")
+    phantom.add_argument("--keep", type=float, help="what is left of it (default 0.25)")
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
     phantom.add_argument("--json", action="store_true", help="print the truth as JSON")

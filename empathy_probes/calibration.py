@@ -151,7 +151,7 @@ def calibrate(
         out: folder of `scorecard.json`, `scorecard.csv` and of the finished parts, from which a run goes on.
         quick: a few twins of the shipped bases, few redraws: minutes.
         phantoms: folder that `scripts/build_phantoms.py --out` wrote; its bases and trained twins are used beside the
-            shipped ones.
+            shipped ones, and in place of one of the same name.
         bases: only these of them; scorecards of different bases can be `pooled`.
         redraws: scenario samples per cell and n, shared out among the cell's pairs.
         workers: processes; one per core by default.
@@ -167,7 +167,12 @@ def calibrate(
     check_seed(seed)
     if workers is not None and workers < 1:
         raise InputError(f"workers got {workers}, expected at least 1; leave it out for one per core")
-    there = list_bases(None if quick else phantoms)
+    if quick and phantoms is not None:
+        logger.warning(
+            "a quick scorecard is of the shipped bases only: phantoms '%s' has no part in it", phantoms
+        )
+        phantoms = None
+    there = list_bases(phantoms)
     missing = [name for name in bases or () if name not in there]
     if missing:
         raise InputError(

@@ -32,6 +32,8 @@ from empathy_probes.models import load_model
 from empathy_probes.pairs import ModelPair
 from empathy_probes.planting import (
     EXACT_BEFORE,
+    FAMILIES,
+    KEEPING,
     NEED_CONCEPT,
     READ_AT,
     check_order,
@@ -193,7 +195,7 @@ def build_phantom(
     out: str | Path,
     concept: Concept | str | None = None,
     layer: int | None = None,
-    keep: float = 0.25,
+    keep: float | None = None,
     others: Sequence[Concept] | None = None,
     seed: int = 0,
     through: int | None = None,
@@ -206,7 +208,7 @@ def build_phantom(
         out: folder for `base`, `aligned` and `truth.json`; new or empty.
         concept: what is planted; the name of a shipped concept, or one's own. Its texts measure the truth too.
         layer: 0-based block; the middle one by default, the last one for `unsaid`.
-        keep: what is left of the concept there, 0 to 1.
+        keep: what is left of the concept there, 0 to 1; a quarter by default. Families that leave none, or all, take no notice.
         others: concepts to leave alone; the other shipped ones by default.
         seed: of random choices.
         through: `scaled_writes` scales what the blocks from `layer` to this one write; to the last one by default.
@@ -223,6 +225,13 @@ def build_phantom(
     config, tensors, tokenizer = open_checkpoint(model)
     checkpoint = Checkpoint(config, tensors)
     asked = load_concept(concept) if isinstance(concept, str) else concept
+    if keep and family in FAMILIES and family not in KEEPING:
+        logger.warning(
+            "keep got %g and has no part in '%s': 'planted' leaves a part of a concept", keep, family
+        )
+    if family == "erased":
+        keep = 0.0
+    keep = 0.25 if keep is None else keep
     place = check_order(checkpoint, family, asked, layer, keep, through)
     running = load_model(model, device="cpu", dtype="float32")
     around = _others(asked) if others is None else others
@@ -235,11 +244,11 @@ def build_phantom(
         load_model((build_checkpoint(c.config, c.tensors), tokenizer), device="cpu", copy=False, name=side)
         for c, side in zip(made, ("base", "aligned"), strict=True)
     ))  # fmt: skip
-    has_keep = family in ("planted", "local", "erased", "generic_gain", "scaled_writes")
-    keep = 0.0 if family == "erased" else keep
     # What is not said is missing at the head, at no block.
     at = place if family in NEED_CONCEPT and family != "unsaid" else None
-    truth = measure_truth(pair, family, asked, around, at, keep if has_keep else None, seed)
+    truth = measure_truth(
+        pair, family, asked, around, at, keep if family in (*KEEPING, "erased") else None, seed
+    )
     return _write(out, made, _framed(family, tokenizer), truth)
 
 

@@ -199,6 +199,7 @@ EXACT_BEFORE = ("planted", "local", "erased", "generic_gain", "unread", "scaled_
 """Families that leave every block before theirs bit by bit as it was."""
 TUNED = ("planted", "local", "erased", "unread")
 NEED_CONCEPT = ("generic_gain", "planted", "local", "erased", "unread", "unsaid", "scaled_writes")
+KEEPING = ("generic_gain", "planted", "local", "scaled_writes")
 READ_AT = {"local": "Reply"}
 """Families of the grammar's twins whose texts are read at a word of theirs, not at their end: there the answer is formed, so
 that a concept which is weaker at the end only is said less too."""
@@ -317,7 +318,7 @@ def default_layer(family: str, n_layers: int) -> int:
 
 
 def list_bases(phantoms: str | Path | None = None) -> dict[str, Path]:
-    """Names and folders of the phantom bases: the shipped ones, and those in a folder of built ones.
+    """Names and folders of the phantom bases: the shipped ones, and those in a folder of built ones, which come first.
 
     Raises:
         InputError: the folder is not there or holds no base.
@@ -334,7 +335,7 @@ def list_bases(phantoms: str | Path | None = None) -> dict[str, Path]:
             raise InputError(
                 f"no phantom bases in '{phantoms}', expected folders such as llama-1/base; build them with scripts/build_phantoms.py"
             )
-        bases |= {name: path for name, path in built.items() if name not in bases}
+        bases |= built
     return bases
 
 

@@ -241,3 +241,16 @@ def test_a_truth_that_cannot_be_measured_is_not_asserted(
     truth = json.loads((out / "truth.json").read_text())
     assert truth["keep_achieved"] is None and truth["verdict"] is None
     assert "does not carry 'chance' detectably" in caplog.text
+
+
+def test_a_share_that_has_no_part_in_a_family_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, rows = list_bases()["llama-0"] / "base", stimuli_rows("valence", 40, 3)
+    concept = Concept("valence", "target", "", "", "user", "", stimuli_from_rows(rows, "valence"))
+    for keep in (None, 0.0, 0.5):
+        out = build_phantom(
+            base, family="erased", concept=concept, layer=2, keep=keep, others=[], out=tmp_path / f"{keep}"
+        )
+        assert json.loads((out / "truth.json").read_text())["keep_intended"] == 0
+        assert ("keep got 0.5 and has no part in 'erased'" in caplog.text) == (keep == 0.5)

@@ -412,7 +412,9 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, options: dict[str, int
         list_bases(tmp_path)
 
 
-def test_chosen_bases_are_measured_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_bases_are_measured_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     asked: list[Options] = []
 
     def noted(options: Options, *rest: object, **named: object) -> Scorecard:
@@ -425,6 +427,14 @@ def test_chosen_bases_are_measured_and_no_others(tmp_path: Path, monkeypatch: py
     assert [{twin.base for twin in options.twins} for options in asked] == [
         {"gpt2-0", "llama-0"}, {"llama-0"}, {"gpt2-0"}
     ]  # fmt: skip
+    for name in ("llama-0", "llama-7"):
+        shutil.copytree(list_bases()["llama-0"] / "base", tmp_path / "built" / name / "base")
+    built = list_bases(tmp_path / "built")
+    assert sorted(built) == ["gpt2-0", "llama-0", "llama-7"]
+    assert built["llama-0"] == tmp_path / "built" / "llama-0", "built anew, it is the one that was asked for"
+    calibrate(tmp_path, quick=True, phantoms=tmp_path / "built")
+    assert {twin.base for twin in asked[-1].twins} == {"gpt2-0", "llama-0"}
+    assert "has no part in it" in caplog.text
 
 
 # ---------------------------------------------------------------- secondary measures
