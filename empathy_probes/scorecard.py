@@ -415,7 +415,12 @@ def load_scorecard(path: str | Path | None = None) -> Scorecard:
     try:
         record = json.loads(path.read_text(encoding="utf8"))
         check_schema(record["schema_version"], path)
-        return Scorecard(tuple(Row(**row) for row in record["rows"]), record["provenance"])
+        rows = tuple(Row(**row) for row in record["rows"])
+        for row in rows:
+            numbers = (row.n, row.value, row.lower, row.upper, row.redraws)
+            if not all(isinstance(number, int | float) for number in numbers):
+                raise TypeError(f"a row's numbers are {numbers}")
+        return Scorecard(rows, dict(record["provenance"]))
     except FileNotFoundError:
         raise InputError(
             f"no scorecard at {path}: expected scorecard.json; make it with 'empathy-probes calibrate'"

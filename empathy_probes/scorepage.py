@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from empathy_probes.drawing import BLUE, GREEN, GREY, VERMILLION, settings, svg
+from empathy_probes.drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, settings, svg
 from empathy_probes.pages import environment, image_uri, script_hash, template_text
 from empathy_probes.scorecard import METRIC_WORDS, Row, Scorecard
 from empathy_probes.store import write_file
@@ -103,7 +105,7 @@ def scorecard_figure(card: Scorecard) -> Figure:
     metrics = [m for m in SHOWN if m in set(frame["metric"])]
     families = list(dict.fromkeys(frame["family"]))
     sizes = sorted({int(n) for n in frame["n"]})
-    colours = dict(zip(sizes, (GREY, BLUE, VERMILLION), strict=False))
+    colours = dict(zip(sizes, cycle((GREY, BLUE, VERMILLION, ORANGE, PURPLE)), strict=False))
     with settings():
         rows = -(-len(metrics) // 2)
         height = 0.24 * len(families) + 0.95
@@ -117,16 +119,12 @@ def scorecard_figure(card: Scorecard) -> Figure:
             _panel(axes, frame[frame["metric"] == metric], metric, families, colours)
             if i % 2:
                 axes.set_yticklabels([])
-        handles = [
-            figure.axes[0].plot([], [], "o", color=c, ms=4, label=f"n = {n}")[0] for n, c in colours.items()
-        ]
+        handles = [Line2D([], [], marker="o", ls="", c=c, ms=4, label=f"n = {n}") for n, c in colours.items()]
         handles += [
-            figure.axes[0].plot([], [], mark, color="black", ms=4, mfc="none", label=name)[0]
+            Line2D([], [], marker=mark, ls="", c="black", ms=4, mfc="none", label=name)
             for name, mark in _MARKS.items()
         ]
-        handles += [
-            figure.axes[0].plot([], [], "o", color="black", alpha=0.3, ms=4, label="pale: no target")[0]
-        ]
+        handles += [Line2D([], [], marker="o", ls="", c="black", alpha=0.3, ms=4, label="pale: no target")]
         figure.legend(handles=handles, loc="upper center", ncol=len(handles), frameon=False, fontsize=8)
     return figure
 
@@ -153,7 +151,8 @@ def _panel(
         )
     for row in pooled.reset_index().to_dict("records"):
         family, gpt2 = str(row["family"]), row["architecture"] == "gpt2"
-        y = families.index(family) + 0.18 * (sorted(colours).index(row["n"]) - 1) + (0.07 if gpt2 else -0.07)
+        place = (sorted(colours).index(row["n"]) + 0.5) / len(colours) - 0.5
+        y = families.index(family) + 0.54 * place + (0.07 if gpt2 else -0.07)
         # The green is no target of cells that are only reported.
         style: dict[str, Any] = {"color": colours[row["n"]], "alpha": 1.0 if row["target"] else 0.3}
         ax.plot([row["lower"], row["upper"]], [y, y], "-", lw=0.8, **style)

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -328,9 +328,23 @@ def test_scorecards_of_different_bases_pool_to_that_of_one_run(case: Case) -> No
 def test_a_foreign_file_is_no_scorecard(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no scorecard at"):
         load_scorecard(tmp_path / "scorecard.json")
-    (tmp_path / "scorecard.json").write_text("[]")
-    with pytest.raises(InputError, match="is no scorecard"):
-        load_scorecard(tmp_path)
+    row = asdict(load_scorecard().rows[0])
+    wordy = {"schema_version": 1, "provenance": {}, "rows": [{**row, "value": "high"}]}
+    for text in ("[]", json.dumps(wordy)):
+        (tmp_path / "scorecard.json").write_text(text)
+        with pytest.raises(InputError, match="is no scorecard"):
+            load_scorecard(tmp_path)
+
+
+def test_a_scorecard_of_any_sizes_is_drawn() -> None:
+    card = load_scorecard()
+    sizes = (30, 40, 60, 100, 200)
+    rows = [replace(row, n=n) for row in card.rows if row.metric == "bias" and row.n == 40 for n in sizes]
+    for some in ((), tuple(rows)):
+        figure = replace(card, rows=some).plot()
+        assert len(figure.axes) == bool(some)
+        named = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert [name for name in named if name.startswith("n =")] == [f"n = {n}" for n in sizes if some]
 
 
 def test_every_family_has_its_place_in_the_full_run() -> None:
