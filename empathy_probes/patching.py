@@ -127,14 +127,14 @@ class Patching(Result):
         rows = []
         for c in self.concepts:
             curve, clean, corrupted = c.recovered, c.per_unit(c.clean).mean(), c.per_unit(c.corrupted).mean()
-            patched = c.per_unit(c.patched).mean(-1)
+            patched, flags = c.per_unit(c.patched).mean(-1), c.flags
             for i, direction in enumerate(c.directions):
                 for j, place in enumerate(c.places):
                     rows.append(
                         {
                             "concept": c.concept, "template": c.template, "model": c.model, "direction": direction,
                             **place_cells(place), **curve.cells("recovered", (i, j)), "clean": clean, "corrupted": corrupted,
-                            "patched": patched[i, j], "flags": ";".join((*c.flags, *place.flags)),
+                            "patched": patched[i, j], "flags": ";".join((*flags, *place.flags)),
                         }
                     )  # fmt: skip
         frame = pd.DataFrame(rows, columns=PATCHING_COLUMNS).astype({"head": "Int64"})

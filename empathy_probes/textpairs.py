@@ -6,6 +6,7 @@ cluster of scenarios) shows is the mean over its pairs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -160,11 +161,10 @@ def unit_means(
     values: Float[np.ndarray, "*axes pair"], scenarios: Sequence[str], units: Sequence[str]
 ) -> Float[np.ndarray, "*axes unit"]:
     """Mean over the pairs of each scenario, then over the scenarios of each unit, units in order of appearance."""
-    names = list(dict.fromkeys(scenarios))
-    home = dict(zip(scenarios, units, strict=True))
-    known = list(dict.fromkeys(units))
-    weight = np.zeros((len(scenarios), len(known)))
-    for pair, scenario in enumerate(scenarios):
-        weight[pair, known.index(home[scenario])] = 1 / scenarios.count(scenario)
-    shared = np.array([sum(home[name] == unit for name in names) for unit in known])
-    return values @ (weight / shared)
+    pairs, home = Counter(scenarios), dict(zip(scenarios, units, strict=True))
+    shared = Counter(home.values())
+    place = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+    weight = np.zeros((len(scenarios), len(place)))
+    for pair, (scenario, unit) in enumerate(zip(scenarios, units, strict=True)):
+        weight[pair, place[unit]] = 1 / pairs[scenario] / shared[unit]
+    return values @ weight
