@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
+from empathy_probes.auroc_intervals import auroc_interval
 from empathy_probes.errors import InputError
 from empathy_probes.grammar import stimuli_rows
 from empathy_probes.measurements import measure_concept
@@ -21,7 +22,7 @@ from empathy_probes.probes import N_FOLDS, lexical_scores
 from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrasts_of, redraw
 from empathy_probes.scorecard import MADE_UP, TEXTS_ALONE, Row, Target, mean_row, proportion_row
 from empathy_probes.secondary import Exhibit
-from empathy_probes.stats import auroc_interval, critical_t, grouped_folds
+from empathy_probes.stats import critical_t, grouped_folds
 
 CLUSTER = 5
 # Most draws of attacks on texts, which have a bag of words or a study to make each time.

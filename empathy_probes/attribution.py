@@ -41,9 +41,7 @@ from empathy_probes.pairs import ModelPair
 from empathy_probes.probes import N_FOLDS
 from empathy_probes.prompts import RenderedPrompt
 from empathy_probes.sites import HEADS, Site
-from empathy_probes.stats import (
-    grouped_folds,
-)
+from empathy_probes.stats import grouped_folds
 from empathy_probes.stimuli import StimulusSet
 from empathy_probes.store import Store, open_store
 from empathy_probes.writes import AttributedConcept, Attribution, module_parts

@@ -23,11 +23,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from empathy_probes.auroc import auroc
+from empathy_probes.auroc_intervals import auroc_interval
 from empathy_probes.coding import categories, contrast_codes, label_numbers
 from empathy_probes.concepts import Concept, list_concepts, load_concept, load_neutral
 from empathy_probes.errors import InputError
 from empathy_probes.probes import N_FOLDS, count_words, counted_scores
-from empathy_probes.stats import auroc, auroc_interval, mean_interval
+from empathy_probes.stats import mean_interval
 from empathy_probes.stimuli import StimulusSet
 
 Verdict = Literal["ok", "explained", "fail"]

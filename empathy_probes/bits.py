@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.special import expit, log_softmax
 
+from empathy_probes.jackknife import Jackknife
 from empathy_probes.leaving_out import DualProbe, LeftOut
 from empathy_probes.probes import N_FOLDS, from_their_mean
-from empathy_probes.stats import Curve, Jackknife, critical_t, grouped_folds
+from empathy_probes.stats import Curve, critical_t, grouped_folds
 
 # Penalties mixed, in units of the mean eigenvalue of the training Gram matrix.
 PENALTIES = (0.1, 10.0)
@@ -481,7 +482,7 @@ def _variance(known: Float[np.ndarray, "what=4 layer unit"]) -> Float[np.ndarray
     From the spread of losses alone intervals were half as wide as needed where 40 scenarios teach some probes much and others
     little. What k scenarios do together influences count k times and pairs C(k, 2) times: with J and P, their sums of squares, the
     variance lies between J² / (J + 2 P), by Cauchy and Schwarz, and J. Where between, planted pairs tell, which is not
-    where it is for readings (`stats.counted_once`): near J where P is small, near the other end where it is many times as much.
+    where it is for readings (`jackknife.counted_once`): near J where P is small, near the other end where it is many times as much.
 
     A sample may lack by luck the rare scenario whose label is not what its texts show, and then says that nothing varies. The rare
     ones are counted as Jeffreys does, half a one more than there are: it makes as much of a difference as if a scenario of the sample

@@ -13,20 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
+from empathy_probes.deviations import deviation
 from empathy_probes.errors import InputError
-from empathy_probes.kernels import (
-    SECOND_ORDER,
-    KernelPair,
-    deviation,
-    is_strong,
-    keep_interval,
-    log_ratio,
-    middle_theta,
-    pair_kernels,
-    strength_difference,
-    strength_interval,
-)
+from empathy_probes.keeps import keep_interval, log_ratio, middle_theta
+from empathy_probes.kernels import SECOND_ORDER, KernelPair, is_strong, pair_kernels
 from empathy_probes.stats import Curve, adjusted_p, critical_t, largest_quantile, studentised_sums, unit_signs
+from empathy_probes.strengths import strength_difference, strength_interval
 
 FEWEST_SCENARIOS = 30
 SMALL_N = 60

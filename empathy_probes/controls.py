@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from empathy_probes.contrasts import Contrast, log_keep_interval
-from empathy_probes.kernels import deviation, fieller_sets, variance_at
+from empathy_probes.deviations import deviation
+from empathy_probes.keeps import fieller_sets, variance_at
 from empathy_probes.stats import as_normal, critical_t, unit_normals, unit_signs, upper_t
 
 

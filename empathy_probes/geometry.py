@@ -17,14 +17,8 @@ from jaxtyping import Float, Int, Num
 from sklearn.covariance import ledoit_wolf_shrinkage
 
 from empathy_probes.alignment import NeutralMap, fit_rotation
-from empathy_probes.kernels import (
-    KernelPair,
-    fieller,
-    mean_product,
-    mean_squares,
-    pair_kernels,
-    u_statistic,
-)
+from empathy_probes.keeps import fieller
+from empathy_probes.kernels import KernelPair, mean_product, mean_squares, pair_kernels, u_statistic
 from empathy_probes.probes import paired_scores
 from empathy_probes.stats import Curve, critical_t
 

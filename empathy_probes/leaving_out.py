@@ -13,8 +13,8 @@ from einops import rearrange
 from jaxtyping import Float, Int, Num
 from scipy.linalg import cho_solve
 
+from empathy_probes.jackknife import Jackknife
 from empathy_probes.probes import factor_gram, from_their_mean, signed_targets
-from empathy_probes.stats import Jackknife
 
 # Numbers held at once while units are left out.
 CHUNK = 2_000_000

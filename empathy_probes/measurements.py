@@ -18,6 +18,14 @@ from jaxtyping import Bool, Float, Int, Num
 
 from empathy_probes.activations import Activations
 from empathy_probes.alignment import NeutralMap, fit_map
+from empathy_probes.auroc import auroc, correlation, smooth_auroc
+from empathy_probes.auroc_intervals import (
+    area_attenuation,
+    area_difference,
+    area_interval,
+    fisher_interval,
+    paired_difference,
+)
 from empathy_probes.bits import cross_fitted_grade_losses, cross_fitted_losses
 from empathy_probes.coding import (
     categories,
@@ -30,26 +38,12 @@ from empathy_probes.concepts import Concept
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.errors import InputError
 from empathy_probes.geometry import map_variance, transfer, whitened_kernels, whitening_covariance
+from empathy_probes.jackknife import Jackknife, leave_one_out, leave_one_out_correlations, pair_variance
 from empathy_probes.kernels import cross_kernels, strength_kernels
 from empathy_probes.leaving_out import leave_out
 from empathy_probes.nulls import DRAWS, direction_gaps, largest_p, permutation_null
 from empathy_probes.probes import AREA_FACTOR, N_FOLDS, is_binary
-from empathy_probes.stats import (
-    Curve,
-    Jackknife,
-    area_attenuation,
-    area_difference,
-    area_interval,
-    auroc,
-    correlation,
-    fisher_interval,
-    grouped_folds,
-    leave_one_out,
-    leave_one_out_correlations,
-    pair_variance,
-    paired_difference,
-    smooth_auroc,
-)
+from empathy_probes.stats import Curve, grouped_folds
 from empathy_probes.stimuli import LabelKind, StimulusSet
 
 TRANSFER_LOSS = 0.1
@@ -81,7 +75,7 @@ class Views:
     """`smooth_reading` of each model's probe on its own states, the other's, and those mapped, without each scenario in turn,
     probes trained anew: from these the errors of readings and of their differences are computed."""
     pairs: Float[np.ndarray, "fitted=2 read=3 layer unit"]
-    """What pairs of scenarios do to it together (`stats.Jackknife`)."""
+    """What pairs of scenarios do to it together (`jackknife.Jackknife`)."""
     map_error: Float[np.ndarray, " layer"]
     """Share of neutral variance that the map misses on texts it was not fitted on."""
     shuffled_p: Float[np.ndarray, "model=2 layer"]

@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 from scipy.stats import rankdata
 
+from empathy_probes.auroc import correlation
 from empathy_probes.probes import cross_fitted_scores, is_binary, shared_scores
-from empathy_probes.stats import correlation, grouped_folds
+from empathy_probes.stats import grouped_folds
 
 DRAWS = 999
 N_FOLDS = 5

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from empathy_probes.activations import Activations
 from empathy_probes.alignment import fit_rotation
+from empathy_probes.auroc import d_prime
 from empathy_probes.coding import scenario_contrasts
 from empathy_probes.concepts import Concept
 from empathy_probes.geometry import whitened_strengths
@@ -25,7 +26,6 @@ from empathy_probes.kernels import is_strong, mean_product, pair_kernels, streng
 from empathy_probes.measurements import Measurement, measure_concept, neutral_states
 from empathy_probes.redraws import ROUNDING, check_size, holds
 from empathy_probes.rows import bits_rows, cosine_rows, reading_rows, separation_rows, transfer_rows
-from empathy_probes.stats import d_prime
 
 # (measure, column) of attenuation.csv.
 MEASURES = (

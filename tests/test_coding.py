@@ -15,6 +15,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from empathy_probes.activations import Activations
 from empathy_probes.attenuation import measure_attenuation
+from empathy_probes.auroc_intervals import correlation_difference, correlation_interval
 from empathy_probes.bits import (
     LOSS,
     cross_fitted_grade_losses,
@@ -31,7 +32,7 @@ from empathy_probes.measurements import ALIGNED, BASE, MAPPED, OWN, PLAIN, Measu
 from empathy_probes.phantoms import load_phantom
 from empathy_probes.probes import cross_fitted_scores
 from empathy_probes.rows import bits_rows, granularity_rows, reading_rows, slope_rows, transfer_rows
-from empathy_probes.stats import correlation_difference, correlation_interval, grouped_folds
+from empathy_probes.stats import grouped_folds
 from empathy_probes.stimuli import stimuli_from_rows
 from empathy_probes.study import Study, load_study
 

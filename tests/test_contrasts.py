@@ -21,9 +21,10 @@ from empathy_probes.controls import (
 from empathy_probes.decisions import judge, judge_controls
 from empathy_probes.design import Settings
 from empathy_probes.errors import InputError
-from empathy_probes.kernels import pair_kernels, strength_difference, strength_interval
+from empathy_probes.kernels import pair_kernels
 from empathy_probes.ledger import Headline, _sentence, encoded_overall
 from empathy_probes.stats import Estimate, binomial_interval
+from empathy_probes.strengths import strength_difference, strength_interval
 
 DIMENSIONS = 24
 DRAWS = 499

@@ -8,6 +8,7 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.covariance import LedoitWolf
 
 from empathy_probes.alignment import fit_map
+from empathy_probes.auroc import auroc
 from empathy_probes.geometry import (
     cosine_from_kernels,
     map_variance,
@@ -17,7 +18,7 @@ from empathy_probes.geometry import (
     whitening_covariance,
 )
 from empathy_probes.kernels import cross_kernels, mean_squares, strength_kernels, u_statistic
-from empathy_probes.stats import auroc, grouped_folds
+from empathy_probes.stats import grouped_folds
 
 WIDTH = 12
 

@@ -6,18 +6,12 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
+from empathy_probes.auroc import auroc, correlation, smooth_auroc
+from empathy_probes.auroc_intervals import area_interval, auroc_interval
+from empathy_probes.jackknife import Jackknife, counted_once
 from empathy_probes.leaving_out import DualProbe, LeftOut, leave_out
 from empathy_probes.probes import AREA_FACTOR, paired_scores
-from empathy_probes.stats import (
-    Jackknife,
-    area_interval,
-    auroc,
-    auroc_interval,
-    correlation,
-    counted_once,
-    grouped_folds,
-    smooth_auroc,
-)
+from empathy_probes.stats import grouped_folds
 
 
 def test_a_probes_scores_without_some_texts_are_those_of_one_that_never_saw_them() -> None:

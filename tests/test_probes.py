@@ -7,6 +7,9 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
+from empathy_probes.auroc import auroc, smooth_auroc
+from empathy_probes.auroc_intervals import area_difference, area_interval
+from empathy_probes.jackknife import Jackknife, pair_variance
 from empathy_probes.leaving_out import leave_out
 from empathy_probes.probes import (
     count_words,
@@ -15,16 +18,7 @@ from empathy_probes.probes import (
     lexical_scores,
     paired_scores,
 )
-from empathy_probes.stats import (
-    Jackknife,
-    area_difference,
-    area_interval,
-    auroc,
-    binomial_interval,
-    grouped_folds,
-    pair_variance,
-    smooth_auroc,
-)
+from empathy_probes.stats import binomial_interval, grouped_folds
 
 
 def data(n: int = 60, seed: int = 0, width: int = 90) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:

@@ -7,43 +7,39 @@ import pytest
 from scipy import stats as distributions
 from sklearn.metrics import roc_auc_score
 
+from empathy_probes.auroc import auroc, correlation, smooth_auroc
+from empathy_probes.auroc_intervals import (
+    area_attenuation,
+    auroc_difference,
+    auroc_interval,
+    correlation_interval,
+    widened,
+)
+from empathy_probes.deviations import deviation
 from empathy_probes.errors import InputError
+from empathy_probes.jackknife import leave_one_out, pair_variance
+from empathy_probes.keeps import fieller, log_ratio, middle_theta
 from empathy_probes.kernels import (
     THIN,
     combined_variance,
-    deviation,
-    fieller,
-    log_ratio,
     mean_squares,
-    middle_theta,
     pair_kernels,
     pair_strengths,
-    strength_difference,
-    strength_interval,
     strength_kernels,
     u_statistic,
 )
 from empathy_probes.stats import (
     adjusted_p,
-    area_attenuation,
-    auroc,
-    auroc_difference,
-    auroc_interval,
     binomial_interval,
-    correlation,
-    correlation_interval,
     fieller_ratio,
     grouped_folds,
     hull_of_members,
     largest_quantile,
-    leave_one_out,
-    pair_variance,
     skewed_critical,
-    smooth_auroc,
     studentised_sums,
     unit_signs,
-    widened,
 )
+from empathy_probes.strengths import strength_difference, strength_interval
 
 
 def gram(seed: int, n: int = 40, layers: int = 3, signal: float = 1.0, d: int = 12) -> np.ndarray:

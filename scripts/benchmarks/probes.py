@@ -20,8 +20,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from empathy_probes.auroc import auroc
 from empathy_probes.nulls import permutation_null
-from empathy_probes.stats import auroc, grouped_folds
+from empathy_probes.stats import grouped_folds
 
 PEER_PERMUTATIONS = 20
 

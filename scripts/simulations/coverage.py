@@ -25,6 +25,7 @@ import numpy as np
 from scipy.stats import norm
 
 from empathy_probes.alignment import fit_map
+from empathy_probes.auroc_intervals import auroc_difference, auroc_interval
 from empathy_probes.contrasts import Contrast, compare
 from empathy_probes.controls import build_reference, gap_to
 from empathy_probes.decisions import POWER, Judgement, judge
@@ -37,30 +38,18 @@ from empathy_probes.geometry import (
     whitened_strengths,
     whitening_covariance,
 )
+from empathy_probes.keeps import fieller, keep_interval, log_ratio, middle_theta
 from empathy_probes.kernels import (
     SECOND_ORDER,
     KernelPair,
     cross_kernels,
-    fieller,
     is_strong,
-    keep_interval,
-    log_ratio,
-    middle_theta,
     pair_kernels,
-    strength_difference,
-    strength_interval,
     strength_kernels,
     u_statistic,
 )
-from empathy_probes.stats import (
-    auroc_difference,
-    auroc_interval,
-    binomial_interval,
-    critical_t,
-    largest_quantile,
-    unit_normals,
-    unit_signs,
-)
+from empathy_probes.stats import binomial_interval, critical_t, largest_quantile, unit_normals, unit_signs
+from empathy_probes.strengths import strength_difference, strength_interval
 
 DIMENSIONS = 48
 MODEL_CORRELATION = 0.8

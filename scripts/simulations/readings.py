@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from empathy_probes.auroc import auroc, correlation
+from empathy_probes.auroc_intervals import area_difference, area_interval, fisher_interval, paired_difference
 from empathy_probes.bits import (
     bits,
     bits_difference,
@@ -25,24 +27,12 @@ from empathy_probes.bits import (
     grade_entropy,
 )
 from empathy_probes.coding import coarse_numbers, contrast_codes
+from empathy_probes.jackknife import Jackknife, pair_variance
 from empathy_probes.leaving_out import leave_out
 from empathy_probes.measurements import smooth_reading
 from empathy_probes.probes import cross_fitted_scores, paired_t
 from empathy_probes.rows import scenario_slopes
-from empathy_probes.stats import (
-    Curve,
-    Jackknife,
-    area_difference,
-    area_interval,
-    auroc,
-    binomial_interval,
-    correlation,
-    critical_t,
-    fisher_interval,
-    grouped_folds,
-    pair_variance,
-    paired_difference,
-)
+from empathy_probes.stats import Curve, binomial_interval, critical_t, grouped_folds
 from empathy_probes.stimuli import LabelKind
 
 WIDTH = 32

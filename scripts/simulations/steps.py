@@ -1,7 +1,7 @@
 """What single scenarios and pairs of them do to an AUROC, against its variance: with steps for wins, and with ramps.
 
 Probes of the base read the base and a twin, at two noise levels (as in `measures.py`). V is the variance over redraws, J and P the
-sums of squares of what scenarios do alone and in pairs (`stats.counted_once`); J, P and what is counted are means over redraws.
+sums of squares of what scenarios do alone and in pairs (`jackknife.counted_once`); J, P and what is counted are means over redraws.
 
     python scripts/simulations/steps.py --out docs/simulations/steps.csv [--redraws 100]
 """
@@ -12,11 +12,13 @@ from collections.abc import Iterator
 import numpy as np
 from measures import at_noise, samples, tabulate
 
+from empathy_probes.auroc import auroc, smooth_auroc
 from empathy_probes.calibration import Twin
 from empathy_probes.coding import contrast_codes
+from empathy_probes.jackknife import Jackknife
 from empathy_probes.leaving_out import leave_out
 from empathy_probes.probes import N_FOLDS, paired_scores
-from empathy_probes.stats import Jackknife, auroc, grouped_folds, smooth_auroc
+from empathy_probes.stats import grouped_folds
 
 
 def steps(scores: np.ndarray, labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
