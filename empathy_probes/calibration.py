@@ -200,12 +200,13 @@ def run_calibration(
     tasks = [(twin, _share(twin, options)) for twin in options.twins]
     todo = [task for task in tasks if not all(path.is_file() for path in _parts(out, task[0], options))]
     workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
-    with tqdm(
-        total=len(tasks), initial=len(tasks) - len(todo), desc="pairs", unit="pair", disable=None
-    ) as bar:
-        for twin in _completed(todo, options, out, phantoms, workers):
+    there = len(tasks) - len(todo)
+    with tqdm(total=len(tasks), initial=there, desc="pairs", unit="pair", disable=None) as bar:
+        for done, twin in enumerate(_completed(todo, options, out, phantoms, workers), there + 1):
             bar.set_postfix_str(twin.key)
             bar.update()
+            # A bar is shown on a terminal only, and hours of silence in a log look like a hang.
+            logger.info("pair %d of %d is done: %s", done, len(tasks), twin.key)
     attacked = _attacked(options, out, phantoms)
     cases = [_case(twin, _load(_part(out, twin, n))) for twin, _ in tasks for n in options.sizes]
     card = Scorecard(

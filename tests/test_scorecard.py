@@ -354,8 +354,9 @@ def test_every_family_has_its_place_in_the_full_run() -> None:
 
 
 def test_an_interrupted_run_goes_on_and_another_one_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     twins = (Twin("llama-0", "rotated"), Twin("llama-0", "identical"))
     options = Options(twins, sizes=(40,), population=80, others=80, redraws=4)
     out = tmp_path / "card"
@@ -374,6 +375,8 @@ def test_an_interrupted_run_goes_on_and_another_one_is_refused(
     interrupted.append(True)
     card = run_calibration(options, out, workers=1)
     assert made == ["rotated", "identical"]
+    said = [line for line in caplog.messages if line.startswith("pair ")]
+    assert said == ["pair 1 of 2 is done: llama-0_rotated", "pair 2 of 2 is done: llama-0_identical"]
     assert {row.family for row in card.rows if row.metric == "equivalent" and row.value == 1} == {
         "rotated",
         "identical",
