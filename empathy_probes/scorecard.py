@@ -351,7 +351,7 @@ class Scorecard:
         attacks and ablations are left out. A metric whose target differs between cells has only its judged cells here.
         """
         frame = self.to_frame()
-        frame = frame[~frame["family"].str.contains(":") & (frame["target"] != "")]
+        frame = frame[~frame["family"].str.contains(":") & (frame["target"] != "")].astype({"met": int})
         groups = frame.groupby(["metric", "n", "target"], sort=False)
         return groups.agg(
             smallest=("value", "min"), median=("value", "median"), largest=("value", "max"), cells=("value", "size"),
