@@ -19,7 +19,7 @@ from empathy_probes.grammar import stimuli_rows
 from empathy_probes.measurements import measure_concept
 from empathy_probes.nulls import direction_gaps
 from empathy_probes.probes import N_FOLDS, lexical_scores
-from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrasts_of, redraw
+from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrasts_of, holds, redraw
 from empathy_probes.scorecard import MADE_UP, TEXTS_ALONE, Row, Target, mean_row, proportion_row
 from empathy_probes.secondary import Exhibit
 from empathy_probes.stats import critical_t, grouped_folds
@@ -85,14 +85,21 @@ def correlated(
     k = CURVES.index("attenuation")
     targets = [s.concept for s in population.of_role("target")]
     truth = population.truth[targets.index(sample.concept), layer, k]
-    held: tuple[list[float], list[float]] = ([], [])
+    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for r in range(redraws):
         rows = np.random.default_rng([seed, 31, r]).choice(sample.n, n, replace=False)
-        for into, chosen in zip(held, (np.repeat(rows, CLUSTER), rows), strict=True):
+        for into, chosen in zip(found, (np.repeat(rows, CLUSTER), rows), strict=True):
             curve = contrasts_of(sample, chosen[None], population)[0].attenuation
-            low, high = curve.lower[layer], curve.upper[layer]
-            into.append(float(low <= truth and (truth <= high or high >= 1)))
-    return np.array(held[0]), np.array(held[1])
+            into.append(np.array([curve.value[layer], curve.lower[layer], curve.upper[layer]]))
+    without, within = (_held(truth, np.stack(intervals), n / sample.n) for intervals in found)
+    return without, within
+
+
+def _held(
+    truth: float, intervals: Float[np.ndarray, "redraw 3"], drawn: float
+) -> Float[np.ndarray, " redraw"]:
+    """Which intervals of attenuation hold the truth, of samples that are this part of the population."""
+    return holds(np.asarray(truth), intervals, drawn, np.asarray(False), np.asarray(True)).astype(float)
 
 
 # ---------------------------------------------------------------- ablations
@@ -210,7 +217,7 @@ def _ablations(
     truth = planted.truth[targets.index(sample.concept), at, k]
     drawn = [np.random.default_rng([seed, 51, r]).choice(sample.n, n, replace=False) for r in range(redraws)]
     found = np.array([gap_attenuation(sample, rows, at, r) for r, rows in enumerate(drawn)])
-    held = ((found[:, 1] <= truth) & (truth <= found[:, 2])).astype(float)
+    held = _held(truth, found, n / sample.n)
     gap = ("ablation: cross-fitted gap", architecture, sample.concept, n)
     return (
         mean_row("ablation: raw units, rescaled twin", architecture, "", n, "bias", raw),

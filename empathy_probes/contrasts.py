@@ -321,7 +321,7 @@ class TemplateShift:
 def did(shared: Contrast, raw: Contrast, draws: int = 9999, seed: int = 0) -> TemplateShift:
     """Whether the template changed what alignment did: theta_shared - theta_raw from joint influence values.
 
-    Blank (flag `weak_signal` or `base_not_detected`) where either has no interval of the log form. Raises
+    Blank (flag `weak_signal`, `incompatible` or `base_not_detected`) where either has no interval of the log form. Raises
     InputError when the two do not have the same scenarios and layers.
     """
     if shared.keys != raw.keys or shared.layers != raw.layers:
@@ -331,7 +331,10 @@ def did(shared: Contrast, raw: Contrast, draws: int = 9999, seed: int = 0) -> Te
         )
     n = shared.n
     usable = shared.has_form("log", "identical") & raw.has_form("log", "identical")
-    undetected = shared.has_form("blank") | raw.has_form("blank")
+    undetected, incompatible = (
+        np.array([flag in {*a, *b} for a, b in zip(shared.flags, raw.flags, strict=True)])
+        for flag in ("base_not_detected", "incompatible")
+    )
     theta = np.where(usable, shared.theta - raw.theta, np.nan)
     influence = np.where(usable[:, None], shared.influence - raw.influence, 0.0)
     se = np.where(usable, np.sqrt((influence**2).sum(axis=-1) / (n * (n - 1))), np.nan)
@@ -348,8 +351,9 @@ def did(shared: Contrast, raw: Contrast, draws: int = 9999, seed: int = 0) -> Te
         p_adjusted=adjusted_p(sums, statistic),
         flags=flag_layers(
             {
-                "weak_signal": ~usable & ~undetected,
+                "weak_signal": ~usable & ~undetected & ~incompatible,
                 "base_not_detected": undetected,
+                "incompatible": incompatible,
                 "small_n": np.full(len(shared.layers), n < SMALL_N),
             }
         ),

@@ -18,6 +18,9 @@ from empathy_probes.deviations import deviation
 from empathy_probes.keeps import fieller_sets, variance_at
 from empathy_probes.stats import as_normal, critical_t, unit_normals, unit_signs, upper_t
 
+# Part of two variances that shared scenarios always leave of their difference: it guards against rounding.
+LEAST = 1e-3
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -112,7 +115,7 @@ def build_reference(controls: Sequence[Contrast]) -> Reference:
     A control whose signal is not detected, or too weak for a logarithm, is left out at that layer. Leaving out one
     that alignment has weakened would make the controls look steadier than they are, so a weak control whose
     Fieller set excludes "no change" enters at the end of the set nearest to no change, with the typical standard
-    error; it does not count as usable.
+    error of the usable ones; it does not count as usable, and without any that is there is no reference.
     """
     usable = np.stack([c.has_form("log", "identical") for c in controls])
     theta = np.stack([c.theta for c in controls])
@@ -122,7 +125,8 @@ def build_reference(controls: Sequence[Contrast]) -> Reference:
     for j, control in enumerate(controls):
         if weak[j].any():
             low[j], high[j] = log_keep_interval(control, float(critical_t(control.n - 1)))
-    lost = weak & ((high < 0) | (low > 0))
+    # Lost ones have no error of their own: where all others are lost or undetected too there is nothing to lean on.
+    lost = weak & ((high < 0) | (low > 0)) & usable.any(axis=0)
     typical = np.where(usable, variance, 0.0).sum(axis=0) / np.maximum(usable.sum(axis=0), 1)
     # A signal removed without any noise would be -inf; keep 0.01 says as much and leaves a mean.
     effects = np.where(usable, theta, np.clip(np.where(high < 0, high, low), np.log(0.01), -np.log(0.01)))
@@ -174,8 +178,7 @@ class Gap:
     def se(self) -> Float[np.ndarray, "*#batch layer"]:
         """Standard error of the gap."""
         both = self.own + self.reference
-        # Shared scenarios cannot remove more than nearly all of it; the floor guards against rounding.
-        return np.sqrt(np.maximum(both - 2 * self.covariance, 1e-3 * both))
+        return np.sqrt(np.maximum(both - 2 * self.covariance, LEAST * both))
 
     @property
     def t(self) -> Float[np.ndarray, "*#batch layer"]:
@@ -237,7 +240,7 @@ def error_at(
     with np.errstate(divide="ignore", invalid="ignore"):
         at_log = 0.5 * (on_aligned / (keep * np.sqrt(u[0] * u[1])) - on_base / u[0])
     both = variance_at(target.pair, keep) + others
-    scaled = np.sqrt(np.maximum(both - 2 * at_log, 1e-3 * both))
+    scaled = np.sqrt(np.maximum(both - 2 * at_log, LEAST * both))
     return np.where(target.has_form("fieller"), gap_to(target, reference, log_keep[0]).se, scaled)
 
 

@@ -219,19 +219,21 @@ def _view(
     ratio_errors = signs.astype(float) @ influence.T / np.sqrt(n * (n - 1))
     edge = float(np.log(1 - margin))
     # A layer that cannot be judged neither is excluded from the onset nor excludes another.
-    plain = np.where(shown, -gap_to(target, None, edge).t, 0.0)
-    none = np.zeros_like(sums)
-    enough = np.zeros_like(shown)
-    if reference is not None:
-        enough = (reference.pool.count >= FEWEST_CONTROLS) & shown
-    if reference is None or common is None or not enough.any():
+    none, enough = np.zeros_like(sums), np.zeros_like(shown)
+    if reference is None or common is None:
+        plain = np.where(shown, -gap_to(target, None, edge).t, 0.0)
         return _View(target, enough, sums, none, none, ratio_errors, plain)
+    enough = (reference.pool.count >= FEWEST_CONTROLS) & shown
+    # What too few controls reach may be shown not to have changed, as in `_decide`, and nothing else.
+    kept = np.where(shown, np.minimum(-gap_to(target, None, edge).z, 0), 0.0)
+    if not enough.any():
+        return _View(target, enough, sums, none, none, ratio_errors, kept)
 
     own = signs.astype(float) @ target.influence.T / np.sqrt(n * (n - 1))
     mean, fresh = common
     scale = np.where(enough, np.exp(-2 * reference.pool.mean), 0.0)
     ratio_errors = scale * (ratio_errors - 2 * square * mean)
-    statistics = np.where(enough, -gap_to(target, reference, edge).z, 0.0)
+    statistics = np.where(enough, -gap_to(target, reference, edge).z, kept)
     errors = _unit_columns(own - mean) * enough
     return _View(
         target, enough, sums, errors, _unit_columns(own - mean + fresh) * enough, ratio_errors, statistics
@@ -377,13 +379,18 @@ def _prediction(target: Contrast, reference: Reference, tail: float) -> Curve:
 
 
 def _locate(view: _View, reference: Reference | None) -> tuple[LayerSet, LayerSet, LayerSet]:
-    """Onset, loss layer and peak of the headline quantity; without it, in a study with controls, layers stay open."""
-    target, enough = view.target, view.enough
-    square = np.where(target.has_form("blank"), np.nan, _square_keep(target))
+    """Onset, loss layer and peak of the headline quantity; what too few controls of a study reach may be any of them.
+
+    Unless it is shown not to have changed: then it is no onset.
+    """
+    target, enough, shown = view.target, view.enough, ~view.target.has_form("blank")
+    square = np.where(shown, _square_keep(target), np.nan)
     draws, back = view.sums, float(critical_t(target.n - 1))
-    if enough.any() and reference is not None:
+    open_ = np.zeros_like(shown)
+    if reference is not None:
         square = np.where(enough, square * np.exp(-2 * reference.pool.mean), np.nan)
         draws, back = view.errors, float(-special.ndtri(0.025))
+        open_ = shown & ~enough
     # Nothing can begin where the base does not carry the contrast, such as a last token that all texts share.
     carried = np.array(["base_not_detected" not in flags for flags in target.flags])
     onset = loss = LayerSet((), includes_none=True)
@@ -394,7 +401,11 @@ def _locate(view: _View, reference: Reference | None) -> tuple[LayerSet, LayerSe
         # The last layer is the first one of the reversed curve.
         reverse = onset_set(statistics[::-1], draws[:, ::-1], back, layers[::-1])
         loss = LayerSet(reverse.members[::-1], reverse.includes_none)
-    return onset, loss, peak_set(-square, -view.ratio_errors, target.layers)
+    peak = peak_set(-square, -view.ratio_errors, target.layers)
+    members = tuple(
+        layer for layer, may in zip(target.layers, open_, strict=True) if may or layer in peak.members
+    )
+    return onset, loss, replace(peak, members=members)
 
 
 def _decide(

@@ -49,16 +49,11 @@ class CoupledConcept:
     """The readout of every text, in nats."""
     same_model: bool = False
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Names of the scenarios, for signs that concepts share."""
-        return tuple(f"{self.concept}\x1f{unit}" for unit in self.units)
-
     @cached_property
     def contrast(self) -> Contrast:
         """The size of the mean coupling in both models, sign aside."""
         kernels = np.einsum("ms,mt->mst", self.coupling, self.coupling)[:, None]
-        return compare(self.concept, self.keys, kernels, (0,), same_model=self.same_model)
+        return compare(self.concept, self.units, kernels, (0,), same_model=self.same_model)
 
     @cached_property
     def means(self) -> Curve:

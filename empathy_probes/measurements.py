@@ -204,18 +204,21 @@ class Measurement:
     @cached_property
     def contrast(self) -> Contrast:
         """Strength in both models and what became of it."""
-        keys = [f"{self.concept}\x1f{unit}" for unit in self.units]
         return compare(
-            self.concept, keys, self.kernels.astype(np.float64), self.layers, same_model=self.same_model
+            self.concept, self.units, self.kernels.astype(np.float64), self.layers, same_model=self.same_model
         )
 
     @cached_property
     def separation(self) -> Contrast:
         """The same comparison of crossnobis d′."""
-        keys = [f"{self.concept}\x1f{unit}" for unit in self.units]
         kernels = self.views.whitened.astype(np.float64)
         return compare(
-            self.concept, keys, kernels, self.layers, same_model=self.same_model, extra=self.views.whitening
+            self.concept,
+            self.units,
+            kernels,
+            self.layers,
+            same_model=self.same_model,
+            extra=self.views.whitening,
         )
 
     @cached_property

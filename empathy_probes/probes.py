@@ -23,7 +23,7 @@ N_FOLDS = 5
 # A t interval of slopes takes the probes as given and is too narrow by this: all were fitted on the same few scenarios
 # (scripts/simulations/readings.py).
 READING_FACTOR = 1.6
-# The same of areas and correlations of a bag of words, up to this: strong signals need less (`stats.widened`).
+# The same of areas and correlations of a bag of words, up to this: strong signals need less (`auroc_intervals.widened`).
 AREA_FACTOR = 1.45
 
 

@@ -116,7 +116,9 @@ def sample_of(concept: Concept, activations: Sequence[Activations]) -> Sample:
             "one text of each label per scenario; use minimal pairs"
         )
     ones, zeros = (np.array([pair[label] for pair in pairs.values()]) for label in (1.0, 0.0))
-    units, place = np.unique(np.array(list(unit_of.values())), return_inverse=True)
+    # In the order of their first texts, as everywhere: rows of one table are rows of another.
+    units = {unit: i for i, unit in enumerate(dict.fromkeys(unit_of.values()))}
+    place = np.array([units[unit] for unit in unit_of.values()])
     share = np.zeros((len(units), len(pairs)))
     share[place, np.arange(len(pairs))] = 1 / np.bincount(place)[place]
     differences, squares = [], []
@@ -142,12 +144,12 @@ class Outcomes:
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     truth: Float[np.ndarray, "target layer curve"]
-    controls: Float[np.ndarray, "control layer"]
-    """Strength of the population's controls in the base."""
     curves: Float[np.ndarray, "redraw target layer curve value_lower_upper=3"]
     """In the order of `CURVES`."""
     decisions: Int8[np.ndarray, "redraw target layer"]
     """Index into `DECISIONS`."""
+    referred: Bool[np.ndarray, "redraw layer"]
+    """All controls are usable: truth is relative to all, and the instrument leaves out those that it does not detect."""
     minimum_detectable: Float[np.ndarray, "redraw target layer"]
     onset: Bool[np.ndarray, "redraw target layer"]
     """Membership in the onset set."""
@@ -251,6 +253,7 @@ def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outco
     curves = np.full((*shape, len(CURVES), 3), np.nan, np.float32)
     decisions, detectable = np.zeros(shape, np.int8), np.full(shape, np.nan, np.float32)
     onset, none = np.zeros(shape, bool), np.zeros(shape[:2], bool)
+    referred = np.zeros((redraws, shape[2]), bool)
     # Several redraws are compared at once, as so many layers more: as many as fit the processor's cache.
     at_once = max(1, CACHED // (2 * len(population.layers) * n**2))
     for first in range(0, redraws, at_once):
@@ -267,6 +270,7 @@ def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outco
                 draws=DRAWS,
                 seed=seed + r,
             )
+            referred[r] = judged[0].n_controls == len(population.of_role("control"))
             for t, j in enumerate(judged):
                 c = compared[j.name][i]
                 for k, curve in enumerate(
@@ -279,7 +283,7 @@ def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outco
                 none[r, t] = j.onset.includes_none
     return Outcomes(
         n, np.array([s.n for s in population.of_role("target")]), tuple(targets), population.layers, population.truth,
-        np.sqrt(np.maximum([s.u[0] for s in population.of_role("control")], 0)), curves, decisions, detectable, onset, none
+        curves, decisions, referred, detectable, onset, none
     )  # fmt: skip
 
 

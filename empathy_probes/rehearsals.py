@@ -27,7 +27,7 @@ from empathy_probes.pairs import ModelPair
 from empathy_probes.prompts import render
 from empathy_probes.readouts import with_readout
 from empathy_probes.redraws import Population, check_size, contrasts_of, sample_of
-from empathy_probes.scorecard import Row, Target, proportion_row
+from empathy_probes.scorecard import VERDICT_SAID, Row, Target, proportion_row
 from empathy_probes.steering import dose_response_design
 from empathy_probes.stitching import Stitching, stitch_design
 from empathy_probes.store import Store
@@ -247,7 +247,9 @@ def rehearsal_rows(
         (f"says_{question}", words[question], right, RIGHT)
         for question, right in expected_words(cell[0].split()[0], layer).items()
     ]
-    asked += [(f"verdict_{word}", words["verdict"], word, None) for word in sorted(set(words["verdict"]))]
+    asked += [
+        (f"{VERDICT_SAID}{word}", words["verdict"], word, None) for word in sorted(set(words["verdict"]))
+    ]
     rows = [
         proportion_row(*cell, metric, np.array([word == right for word in given], dtype=float), target)
         for metric, given, right, target in asked

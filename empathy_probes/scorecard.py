@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from empathy_probes.errors import InputError
 from empathy_probes.redraws import CURVES, DECISIONS, Outcomes
@@ -33,7 +33,8 @@ MARGIN = 0.10
 # Strength from which on a block of a phantom is said to carry a concept.
 CARRIED = 0.1
 # Architecture of rows that are about no base.
-MADE_UP, TEXTS_ALONE = "made-up states", "texts alone"
+MADE_UP, TEXTS_ALONE, ALL = "made-up states", "texts alone", "all"
+VERDICT_SAID = "verdict_"
 # Twins whose residual stream holds exactly what their base's does: everything must be equivalent.
 EXACT = ("identical", "rotated", "rescaled", "unsaid")
 
@@ -129,28 +130,21 @@ def _coverage(curve: str) -> Callable[[Case], np.ndarray | None]:
 
 
 def _all_at_once(curve: str) -> Callable[[Case], np.ndarray | None]:
-    """Whether the intervals of all targets at all layers together hold the truth, where all controls are carried.
+    """Whether the intervals of all targets at all layers together hold the truth, where all controls are usable.
 
-    Before that the truth itself is not defined: it is relative to controls that the instrument leaves out as undetected.
+    Elsewhere the truth, which is relative to all of them, is of something else. A redraw in which no layer is left says nothing.
     """
 
     def measure(case: Case) -> np.ndarray | None:
         if case.family in EXACT:
             return None
         k = CURVES.index(curve)
-        blank = (
-            np.isnan(case.outcomes.curves[..., k, 1:]).all(-1)
-            | np.isnan(case.truth(curve))
-            | ~_referred(case)
-        )
-        return (case.outcomes.covers()[..., k] | blank).all((1, 2)).astype(float)
+        blank = np.isnan(case.outcomes.curves[..., k, 1:]).all(-1) | np.isnan(case.truth(curve))
+        blank |= ~case.outcomes.referred[:, None]
+        held = (case.outcomes.covers()[..., k] | blank).all((1, 2))
+        return np.where(blank.all((1, 2)), np.nan, held)
 
     return measure
-
-
-def _referred(case: Case) -> Bool[np.ndarray, " layer"]:
-    """Layers at which all controls are carried."""
-    return np.asarray((case.outcomes.controls > CARRIED).all(0))
 
 
 def _error(case: Case) -> np.ndarray | None:
@@ -175,13 +169,16 @@ def _printed_error(case: Case) -> np.ndarray | None:
 
 
 def _false_alarm(case: Case) -> np.ndarray:
-    """Any decision about a target that nothing was planted in, at any layer where the truth is within the margin."""
+    """Any decision about a target that nothing was planted in, at any layer where the truth is within the margin.
+
+    Where all controls are usable, as in `_all_at_once`.
+    """
     truth, o = case.truth("specific"), case.outcomes
-    innocent = (truth <= MARGIN) & (truth >= -MARGIN) & _referred(case)
     others = np.array([name != case.concept for name in o.targets])[:, None]
+    innocent = (truth <= MARGIN) & (truth >= -MARGIN) & others & o.referred[:, None]
     attenuated, amplified = o.beyond(MARGIN)
     claimed = np.isin(o.decisions, (ATTENUATED, AMPLIFIED)) | ((attenuated | amplified) & (o.decisions != 0))
-    return (claimed & innocent & others).any((1, 2)).astype(float)
+    return np.where(innocent.any((1, 2)), (claimed & innocent).any((1, 2)), np.nan)
 
 
 def _decided(case: Case) -> np.ndarray | None:
@@ -378,9 +375,13 @@ class Scorecard:
         cells: dict[tuple[str | int, ...], list[Row]] = {}
         for row in (*self.rows, *other.rows):
             cells.setdefault((row.family, row.architecture, row.concept, row.n, row.metric), []).append(row)
+        for card, rest in ((self, other), (other, self)):
+            for row in _unsaid(card, rest):
+                cells[row.family, row.architecture, row.concept, row.n, row.metric].append(row)
         added = {name: mine[name] + theirs[name] for name in ("bases", "pairs")}
         rows = tuple(map(_pool, cells.values()))
-        most = max(mine["redraws"], theirs["redraws"], *(row.redraws for row in rows))
+        # Rows of all pairs together are no cell's.
+        most = max(mine["redraws"], theirs["redraws"], *(r.redraws for r in rows if r.architecture != ALL))
         code = list(dict.fromkeys([*mine.get("code", ()), *theirs.get("code", ())]))
         return Scorecard(rows, {**mine, **added, "redraws": most, "code": code})
 
@@ -469,7 +470,7 @@ def _two_sided_rows(cases: Sequence[Case]) -> Iterator[Row]:
         entries = [part for part in parts if part is not None]
         if entries:
             yield proportion_row(
-                "planted ≥ 0.5", "all", "", n, "two_sided", np.concatenate(entries), Target(0.95)
+                "planted ≥ 0.5", ALL, "", n, "two_sided", np.concatenate(entries), Target(0.95)
             )
 
 
@@ -517,6 +518,18 @@ def _row(
         met,
         estimate.n,
     )
+
+
+def _unsaid(card: Scorecard, other: Scorecard) -> Iterator[Row]:
+    """Verdicts that only the other card has of a cell of both: none of this card's redraws said them."""
+    mine = {
+        (r.family, r.architecture, r.concept, r.n): r for r in card.rows if r.metric.startswith(VERDICT_SAID)
+    }
+    there = {(r.family, r.architecture, r.concept, r.n, r.metric) for r in card.rows}
+    for row in other.rows:
+        cell = (row.family, row.architecture, row.concept, row.n)
+        if row.metric.startswith(VERDICT_SAID) and cell in mine and (*cell, row.metric) not in there:
+            yield proportion_row(*cell, row.metric, np.zeros(mine[cell].redraws))
 
 
 def _pool(rows: Sequence[Row]) -> Row:

@@ -72,11 +72,6 @@ class StitchedConcept:
     coupling: Float[np.ndarray, "order=2 row unit"]
     """c_s in nats; rows: none, −1, 0 … n_layers − 1, all."""
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Names of the scenarios, for signs that concepts share."""
-        return tuple(f"{self.concept}\x1f{unit}" for unit in self.units)
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -158,7 +153,7 @@ class Stitching(Result):
         live = values - values.mean(-1, keepdims=True)
         # Sums that cancel to rounding carry no error of their own and must not be divided by it.
         live[np.abs(live).max(-1) <= 1e-12 * np.abs(concept.coupling).max()] = 0
-        signs = unit_signs(concept.keys, self.settings.draws, self.settings.seed)
+        signs = unit_signs(concept.units, self.settings.draws, self.settings.seed)
         spread = np.sqrt((live**2).sum(-1) / (n - 1) / n)
         return spread * largest_quantile(studentised_sums(live, signs))
 

@@ -8,7 +8,7 @@ with Satterthwaite's degrees of freedom. No layer is chosen, so nothing is picke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import pandas as pd
 
 from empathy_probes.attenuation import Finding, Measurement
 from empathy_probes.contrasts import Contrast
-from empathy_probes.controls import pool_controls
+from empathy_probes.controls import LEAST, pool_controls
 from empathy_probes.decisions import FEWEST_CONTROLS
 from empathy_probes.stats import critical_t
 
@@ -36,6 +36,8 @@ class Mean:
     variance: float
     """NaN with a single concept: nothing tells then how much concepts differ."""
     count: int
+    errors: Mapping[str, float]
+    """Error of the value per scenario; the squares sum to its sampling variance."""
 
 
 def summary_frame(finding: Finding) -> pd.DataFrame:
@@ -72,9 +74,12 @@ def _row(targets: Sequence[Contrast], controls: Mean) -> dict[str, Any]:
     row |= _interval("attenuation", mean.value, mean.variance, mean.count - 1.0)
     if controls.count >= FEWEST_CONTROLS:
         both = mean.variance + controls.variance
+        shared = sum(error * controls.errors.get(key, 0.0) for key, error in mean.errors.items())
         scatter = mean.variance**2 / max(mean.count - 1, 1) + controls.variance**2 / (controls.count - 1)
         degrees = both**2 / scatter if scatter > 0 else float(controls.count - 1)
-        row |= _interval("specific", mean.value - controls.value, both, degrees)
+        row |= _interval(
+            "specific", mean.value - controls.value, max(both - 2 * shared, LEAST * both), degrees
+        )
     else:
         flags.append("few_controls" if controls.count else "no_controls")
     return {**row, "flags": ";".join(flags)}
@@ -92,17 +97,23 @@ def _interval(name: str, log_keep: float, variance: float, degrees: float) -> di
 def _mean(contrasts: Sequence[Contrast]) -> Mean:
     averages = [average for c in contrasts if (average := _average(c)) is not None]
     if not averages:
-        return Mean(np.nan, np.nan, 0)
-    values, variances = (np.array(column)[:, None] for column in zip(*averages, strict=True))
-    pool = pool_controls(values, variances, np.ones_like(values, dtype=bool))
+        return Mean(np.nan, np.nan, 0, {})
+    values = np.array([[value] for value, _ in averages])
+    keys = sorted({key for _, errors in averages for key in errors})
+    errors = np.array([[errors.get(key, 0.0) for key in keys] for _, errors in averages])
+    # Concepts asked of the same scenarios err together.
+    shared = (errors @ errors.T)[..., None]
+    pool = pool_controls(values, (errors**2).sum(1)[:, None], np.ones_like(values, dtype=bool), shared)
     variance = float(pool.variance[0]) if len(values) > 1 else np.nan
-    return Mean(float(pool.mean[0]), variance, len(values))
+    of_mean = dict(zip(keys, (pool.weights[:, 0] @ errors).tolist(), strict=True))
+    return Mean(float(pool.mean[0]), variance, len(values), of_mean)
 
 
-def _average(c: Contrast) -> tuple[float, float] | None:
-    """A concept's log keep over its usable blocks, and its variance; None where no block is usable."""
+def _average(c: Contrast) -> tuple[float, dict[str, float]] | None:
+    """A concept's log keep over its usable blocks, and its error per scenario; None where no block is usable."""
     usable = c.has_form("log", "identical") & (np.array(c.layers) >= 0)
     if not usable.any():
         return None
     influence = c.influence[usable].mean(0)
-    return float(c.theta[usable].mean()), float((influence**2).sum() / (c.n * (c.n - 1)))
+    errors = influence / np.sqrt(c.n * (c.n - 1))
+    return float(c.theta[usable].mean()), dict(zip(c.keys, errors.tolist(), strict=True))

@@ -122,11 +122,6 @@ class TransplantedConcept:
         """`[position variant layer]`: share of the models' difference that comes with the transplant, Fieller's interval."""
         return ratio_of_means(self.gain(order), self.donor(order) - self.recipient(order), critical)
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Names of the scenarios, for signs that concepts share."""
-        return tuple(f"{self.concept}\x1f{unit}" for unit in self.units)
-
     def detected(self, order: int) -> bool:
         """Whether the models' couplings are told apart."""
         gap = self.donor(order) - self.recipient(order)
@@ -158,7 +153,7 @@ class Transplants(Result):
         """`[position variant layer]`: repaired, with ends that hold at all layers of a curve at once (95 %)."""
         point = concept.repaired(order).value
         gap = concept.donor(order) - concept.recipient(order)
-        signs = unit_signs(concept.keys, self.settings.draws, self.settings.seed)
+        signs = unit_signs(concept.units, self.settings.draws, self.settings.seed)
         gain = concept.gain(order)
         curves = np.full((3, *point.shape), np.nan)
         for place in np.ndindex(point.shape[:2]):
@@ -188,7 +183,7 @@ class Transplants(Result):
         statistics = np.where(
             spread > 0, beyond.mean(-1) / np.where(spread > 0, spread, 1), np.sign(beyond.mean(-1)) * np.inf
         )
-        signs = unit_signs(concept.keys, self.settings.draws, self.settings.seed)
+        signs = unit_signs(concept.units, self.settings.draws, self.settings.seed)
         draws = studentised_sums(beyond - beyond.mean(-1, keepdims=True), signs)
         return onset_set(statistics, draws, float(critical_t(n - 1)), self.layers)
 

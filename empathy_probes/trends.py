@@ -71,13 +71,12 @@ class TracedConcept:
 
     def contrast(self, early: Mapping[int, float], late: Mapping[int, float]) -> Contrast:
         """Compare a weighted mean of stages with another."""
-        keys = [f"{self.concept}\x1f{unit}" for unit in self.units]
         sides = [
             sum(w * self.kernels[k].astype(np.float64) for k, w in side.items()) for side in (early, late)
         ]
         first, last = min((*early, *late)), max((*early, *late))
         same = all(self.same_model[first + 1 : last + 1])
-        return compare(self.concept, keys, np.stack(sides), self.layers, same_model=same)
+        return compare(self.concept, self.units, np.stack(sides), self.layers, same_model=same)
 
     @cached_property
     def stages(self) -> tuple[Contrast, ...]:

@@ -75,11 +75,6 @@ class AttributedConcept:
     """What that contrast, added to the last state, does to the logits: base, aligned."""
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """Names of the scenarios, for signs that concepts share."""
-        return tuple(f"{self.concept}\x1f{unit}" for unit in self.units)
-
-    @property
     def gap(self) -> Float[np.ndarray, "model=2"]:
         """Largest miss of the sum of all writes, relative to the scores' size: rounding, and nothing else."""
         size = np.sqrt((self.score**2).mean(-1))
@@ -164,7 +159,7 @@ class Attribution(Result):
         difference = self._moved(concept)[2]
         n = difference.shape[-1]
         centred = difference - difference.mean(-1, keepdims=True)
-        signs = unit_signs(concept.keys, self.settings.draws, self.settings.seed)
+        signs = unit_signs(concept.units, self.settings.draws, self.settings.seed)
         critical = largest_quantile(studentised_sums(centred, signs))
         return np.asarray(critical * difference.std(-1, ddof=1) / np.sqrt(n))
 

@@ -20,6 +20,7 @@ from empathy_probes.attenuation import (
 )
 from empathy_probes.coding import scenario_contrasts
 from empathy_probes.concepts import Concept
+from empathy_probes.controls import build_reference, mean_covariances
 from empathy_probes.design import design_study
 from empathy_probes.errors import InputError
 from empathy_probes.ledger import headlines, ledger_frame
@@ -52,6 +53,22 @@ def measure(pair: ModelPair, tmp_path: Path, *concepts: Concept, **options: Any)
         store=str(tmp_path / "store"),
         **{"template": "raw", "draws": 199, "neutral": NEUTRAL, **options},
     )
+
+
+def test_concepts_asked_of_the_same_scenarios_err_together(tmp_path: Path) -> None:
+    """One word more in every text of a control, and the same scenarios: what happens to one happens to the other."""
+    pair = pair_of(tiny_llama(0), tiny_llama(1))
+    texts = [{**row, "text": f"then {row['text']}"} for row in rows(40, 0, "demo")]
+    renamed = [{**row, "scenario": f"other-{row['scenario']}"} for row in texts]
+    spread, signs = [], []
+    for given in (texts, renamed):
+        control = Concept("alike", "control", "", "", "user", "", stimuli_from_rows(given, "alike"))
+        target, other = (m.contrast for m in measure(pair, tmp_path, concept(), control).measurements)
+        shared = mean_covariances(target, build_reference([other]))
+        signs.append(set(target.keys) & set(other.keys))
+        spread.append(np.abs(shared).max())
+    assert len(signs[0]) == 40 and not signs[1]
+    assert spread[0] > 0 and spread[1] == 0
 
 
 def strength(finding: Finding) -> Any:

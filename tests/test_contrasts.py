@@ -173,6 +173,7 @@ def test_a_negative_aligned_signal_beyond_chance_is_incompatible():
     target = compare("valence", base.keys, np.stack([kernel, -kernel]), [0])
     assert target.form == ("blank",) and target.flags[0] == ("incompatible",)
     assert judge([target], [], draws=DRAWS)[0].decision == ("",)
+    assert did(target, base, draws=DRAWS).flags[0] == ("incompatible",)
 
 
 def test_scaling_or_rotating_both_models_changes_nothing():
@@ -327,6 +328,36 @@ def test_an_erased_control_widens_the_spread_instead_of_vanishing():
     assert "control_lost" in honest.flags[0] and honest.n_controls[0] == 7
     assert honest.tau[0] > plain.tau[0] + 0.1
     assert plain.decision == ("attenuated",) and honest.decision != ("attenuated",)
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_erased_controls_alone_are_no_reference(lost: int):
+    """They enter with the error of the others: without others they would be known exactly."""
+    gone = [concept(f"gone{j}", [0.0], seed=91 + j) for j in range(lost)]
+    assert {c.form for c in gone} == {("fieller",)}
+    judged = judge([concept("valence", [0.7], seed=18)], gone, draws=DRAWS)[0]
+    assert judged.n_controls[0] == 0 and judged.decision == ("",)
+    assert np.isnan([judged.specific.value, judged.specific.lower, judged.specific.upper]).all()
+
+
+def test_what_too_few_controls_reach_may_be_the_onset_and_the_peak_unless_it_has_not_changed():
+    """Five controls drift as the target does, from layer 2 on: generic drift begins nowhere in particular."""
+    drift = [None, None, 0.5, 0.5]
+    target, five = concept("valence", drift, seed=30), pool_of(drift, k=5)
+    judged = judge([target], five, draws=DRAWS)[0]
+    assert judged.decision == ("equivalent", "equivalent", "", "")
+    assert judged.onset.members == (2, 3) and judged.onset.includes_none and judged.onset.upper is None
+    assert judged.loss.includes_none and set(judged.peak.members) == {0, 1, 2, 3}
+    # One more that is carried at layer 0 alone says nothing of the others.
+    states = vectors(6, 80, 4, 0.5) + np.array([1.0, 0, 0, 0])[:, None, None]
+    kernels = states @ np.swapaxes(states, -1, -2)
+    early = compare(
+        "early", [f"early/{i}" for i in range(80)], np.stack([kernels, 1.001 * kernels]), range(4)
+    )
+    judged = judge([target], [*five, early], draws=DRAWS)[0]
+    assert judged.n_controls.tolist() == [6, 5, 5, 5]
+    assert {2, 3} <= set(judged.onset.members) and judged.onset.includes_none
+    assert set(judged.peak.members) == {0, 1, 2, 3}
 
 
 def test_a_target_inside_the_spread_of_the_controls_is_not_decided():

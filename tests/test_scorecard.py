@@ -33,7 +33,17 @@ from empathy_probes.measurements import measure_concept
 from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import FAMILIES, TRAINED, list_bases
 from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, holds, redraw
-from empathy_probes.scorecard import METRIC_WORDS, METRICS, Case, Scorecard, Target, load_scorecard, score
+from empathy_probes.scorecard import (
+    METRIC_WORDS,
+    METRICS,
+    Case,
+    Row,
+    Scorecard,
+    Target,
+    load_scorecard,
+    proportion_row,
+    score,
+)
 from empathy_probes.scorepage import render_scorecard, write_scorecard
 from empathy_probes.secondary import MEASURES, Exhibit, Readings, proportions, read_redraws
 from empathy_probes.stats import Estimate
@@ -154,6 +164,20 @@ def test_a_claim_about_an_innocent_concept_is_a_false_alarm_and_one_about_the_pl
     assert found["false_alarm"].value == 1 and found["false_alarm"].met is False
 
 
+def test_what_cannot_be_judged_meets_no_target(case: Case) -> None:
+    """Bands far off and decisions everywhere: seen where all controls are usable, and no row at all where they are not."""
+    curves = case.outcomes.curves.copy()
+    curves[..., CURVES.index("band"), :] = 0.9, 0.85, 0.95
+    wrong = replace(
+        case.outcomes, curves=curves, decisions=np.ones_like(case.outcomes.decisions),
+    )  # fmt: skip
+    asked = ("coverage_band", "false_alarm")
+    found = {r.metric: r.value for r in score([replace(case, outcomes=wrong)]) if r.metric in asked}
+    assert found == {"coverage_band": 0, "false_alarm": 1}
+    nowhere = replace(wrong, referred=np.zeros_like(wrong.referred))
+    assert not [r for r in score([replace(case, outcomes=nowhere)]) if r.metric in asked]
+
+
 def test_the_sampling_error_of_the_rms_is_in_the_kernel() -> None:
     """Without it the variance of U / rms^2 is far too small where contrasts are clean and norms are not."""
     rng = np.random.default_rng(0)
@@ -197,8 +221,8 @@ def test_decisions_are_scored_with_the_errors_of_fresh_scenarios() -> None:
     curves = np.full((4000, 1, 1, len(CURVES), 3), np.nan, np.float32)
     curves[:, 0, 0, CURVES.index("band")] = halves[:, None] + np.array([0, -1.96, 1.96]) * spread
     outcomes = Outcomes(
-        n, np.array([many]), ("a",), (0,), np.full((1, 1, len(CURVES)), truth), np.ones((6, 1)), curves,
-        np.full((4000, 1, 1), 4, np.int8), np.zeros((4000, 1, 1)), np.zeros((4000, 1, 1), bool), np.zeros((4000, 1), bool),
+        n, np.array([many]), ("a",), (0,), np.full((1, 1, len(CURVES)), truth), curves,
+        np.full((4000, 1, 1), 4, np.int8), np.ones((4000, 1), bool), np.zeros((4000, 1, 1)), np.zeros((4000, 1, 1), bool), np.zeros((4000, 1), bool),
     )  # fmt: skip
     assert ((halves - 1.96 * spread) > truth).mean() < 0.006
     case = Case("continued", "made up", None, None, None, outcomes)
@@ -218,8 +242,8 @@ def test_what_is_relative_to_controls_errs_with_the_scenarios_of_both(own: float
     # As far off on the other side: on average not at all.
     curves[1, 0, 0, specific] += 2 * truth[0, 0, specific]
     outcomes = Outcomes(
-        100, np.array([500, 200]), ("a", "b"), (0,), truth, np.ones((6, 1)), curves, np.zeros((2, 2, 1), np.int8),
-        np.zeros((2, 2, 1)), np.zeros((2, 2, 1), bool), np.zeros((2, 2), bool),
+        100, np.array([500, 200]), ("a", "b"), (0,), truth, curves, np.zeros((2, 2, 1), np.int8),
+        np.ones((2, 1), bool), np.zeros((2, 2, 1)), np.zeros((2, 2, 1), bool), np.zeros((2, 2), bool),
     )  # fmt: skip
     assert outcomes.covers()[0, 0, 0, specific] == held
 
@@ -297,7 +321,7 @@ def test_scorecards_of_different_bases_pool_to_that_of_one_run(case: Case) -> No
     provenance = {"version": "0", "redraws": 30, "population": 900, "others": 900, "draws": 1000, "nuisance": 0.5,
                   "doubt": 0.2, "seed": 0, "sizes": [60], "bases": ["one-0"], "pairs": 1}  # fmt: skip
     o = case.outcomes
-    fields = ("curves", "decisions", "minimum_detectable", "onset", "onset_none")
+    fields = ("curves", "decisions", "referred", "minimum_detectable", "onset", "onset_none")
     parts = [replace(case, outcomes=replace(o, **{name: getattr(o, name)[part] for name in fields}))
              for part in (slice(0, 25), slice(25, None))]  # fmt: skip
     first, second = (
@@ -317,6 +341,19 @@ def test_scorecards_of_different_bases_pool_to_that_of_one_run(case: Case) -> No
         )
         numbers = [[getattr(r, name) for name in ("value", "lower", "upper")] for r in (row, right)]
         np.testing.assert_allclose(numbers[0], numbers[1], rtol=1e-6, atol=1e-9)
+    # Verdicts that one card does not have at all were said in none of its redraws.
+    verdicts = [
+        Scorecard(
+            (proportion_row("erased 0", "one", "valence", 40, f"verdict_{word}", np.ones(20)),),
+            card.provenance,
+        )
+        for word, card in (("erased", first), ("inconclusive", second))
+    ]
+    said = {row.metric: (row.value, row.redraws) for row in verdicts[0].pooled(verdicts[1]).rows}
+    assert said == {"verdict_erased": (0.5, 40), "verdict_inconclusive": (0.5, 40)}
+    everything = Row("planted ≥ 0.5", "all", "", 60, "two_sided", 1.0, 0.9, 1.0, "≥ 0.95", True, 900)
+    more = [replace(card, rows=(*card.rows, everything)) for card in (first, second)]
+    assert more[0].pooled(more[1]).provenance["redraws"] == 60, "of all cells together"
     with pytest.raises(InputError, match="both scorecards measure one-0"):
         first.pooled(first)
     with pytest.raises(InputError, match="seed of the scorecards is 0 and 1"):
@@ -566,6 +603,12 @@ def test_shuffled_labels_leave_nothing_to_decide(population: Population) -> None
 def test_scenarios_told_five_times_need_their_cluster(population: Population) -> None:
     without, within = correlated(population, population.samples[0], 2, 40, 60, 0)
     assert without.mean() < 0.8 and within.mean() > 0.9
+    # Of half of a population, errors are smaller by the root of a half: intervals are held as short as that.
+    half = replace(population.samples[0], differences=population.samples[0].differences[:, :80],
+                   squares=population.samples[0].squares[:, :80])  # fmt: skip
+    few = replace(population, samples=(half, *population.samples[1:]))
+    drawn = correlated(few, half, 2, 40, 200, 0)[1]
+    assert 0.88 < drawn.mean() < 0.99
 
 
 def test_a_keyword_is_read_by_the_floor_and_nothing_where_there_is_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,30 @@ def test_specific_holds_the_groups_own_mean_in_about_95_percent_of_samples() -> 
         row = _row(own, _mean(controls))
         held += bool(row["specific_lower"] <= 1 - 0.5 / 0.9 <= row["specific_upper"])
     assert 0.91 <= held / 150 <= 0.99  # ± 2.3 binomial standard errors of .95
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_concepts_of_the_same_scenarios_count_what_they_share_once(together: bool) -> None:
+    """Three copies of one concept are no larger a sample than one, and copies as controls differ from them in nothing."""
+    generator = np.random.default_rng(5)
+    own = group([0.5, 0.5, 0.5], generator, "t")
+    keys = own[0].keys
+    copies = [
+        replace(own[0], name=f"copy {i}", keys=keys if together else tuple(f"{i}{k}" for k in keys))
+        for i in range(3)
+    ]
+    single = (own[0].influence.mean(0) ** 2).sum() / (own[0].n * (own[0].n - 1))
+    found = _mean(copies).variance / single
+    assert found == pytest.approx(1 if together else 1 / 3, rel=0.1)
+    controls = [
+        replace(own[0], name=f"control {i}", keys=keys if together else tuple(f"c{i}{k}" for k in keys))
+        for i in range(6)
+    ]
+    row = _row(copies, _mean(controls))
+    assert row["specific"] == pytest.approx(0, abs=1e-12)
+    width = row["specific_upper"] - row["specific_lower"]
+    # Widths on the scale of log keep: one is of a keep of 1, the other of ½.
+    assert (width < 0.3 * (row["attenuation_upper"] - row["attenuation_lower"]) / 0.5) == together
 
 
 def test_a_concept_that_no_block_carries_is_counted_and_left_out() -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import MAKERS, rows, word_tokenizer
 from safetensors.torch import load_file
 
+from empathy_probes.activations import Activations
 from empathy_probes.checkpoints import build_checkpoint
 from empathy_probes.concepts import Concept
 from empathy_probes.errors import InputError
@@ -120,6 +121,20 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
 
 
 # ---------------------------------------------------------------- twins of the shipped bases
+
+
+def test_a_sample_holds_scenarios_in_the_order_of_their_texts() -> None:
+    """As everything else does: the same rows of a sample and of what is said are the same scenarios."""
+    (concept,), _ = load_phantom_concepts(30, names=("valence",))
+    texts = np.arange(60, dtype=np.float32)[:, None, None]
+    acts = [
+        Activations(texts**power, (0,), "resid_post", model, False)
+        for power, model in ((1, "base"), (2, "aligned"))
+    ]
+    found = sample_of(concept, acts)
+    first = {unit: i for i, unit in reversed(list(enumerate(item.unit for item in concept.stimuli.items)))}
+    squares = [(first[unit] ** 2 + (first[unit] + 1) ** 2) / 2 for unit in concept.stimuli.units]
+    np.testing.assert_allclose(found.squares[0, :, 0], squares)
 
 
 @pytest.fixture(scope="module")
