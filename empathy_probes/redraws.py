@@ -144,12 +144,14 @@ class Outcomes:
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     truth: Float[np.ndarray, "target layer curve"]
+    controls: Float[np.ndarray, "control layer"]
+    """Strength of the population's controls in the base."""
     curves: Float[np.ndarray, "redraw target layer curve value_lower_upper=3"]
     """In the order of `CURVES`."""
     decisions: Int8[np.ndarray, "redraw target layer"]
     """Index into `DECISIONS`."""
-    referred: Bool[np.ndarray, "redraw layer"]
-    """All controls are usable: truth is relative to all, and the instrument leaves out those that it does not detect."""
+    usable: Bool[np.ndarray, "redraw layer"]
+    """Whether the instrument used all controls; those that it does not detect it leaves out."""
     minimum_detectable: Float[np.ndarray, "redraw target layer"]
     onset: Bool[np.ndarray, "redraw target layer"]
     """Membership in the onset set."""
@@ -253,7 +255,7 @@ def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outco
     curves = np.full((*shape, len(CURVES), 3), np.nan, np.float32)
     decisions, detectable = np.zeros(shape, np.int8), np.full(shape, np.nan, np.float32)
     onset, none = np.zeros(shape, bool), np.zeros(shape[:2], bool)
-    referred = np.zeros((redraws, shape[2]), bool)
+    usable = np.zeros((redraws, shape[2]), bool)
     # Several redraws are compared at once, as so many layers more: as many as fit the processor's cache.
     at_once = max(1, CACHED // (2 * len(population.layers) * n**2))
     for first in range(0, redraws, at_once):
@@ -270,7 +272,7 @@ def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outco
                 draws=DRAWS,
                 seed=seed + r,
             )
-            referred[r] = judged[0].n_controls == len(population.of_role("control"))
+            usable[r] = judged[0].n_controls == len(population.of_role("control"))
             for t, j in enumerate(judged):
                 c = compared[j.name][i]
                 for k, curve in enumerate(
@@ -283,7 +285,7 @@ def redraw(population: Population, n: int, redraws: int, seed: int = 0) -> Outco
                 none[r, t] = j.onset.includes_none
     return Outcomes(
         n, np.array([s.n for s in population.of_role("target")]), tuple(targets), population.layers, population.truth,
-        curves, decisions, referred, detectable, onset, none
+        np.sqrt(np.maximum([s.u[0] for s in population.of_role("control")], 0)), curves, decisions, usable, detectable, onset, none
     )  # fmt: skip
 
 

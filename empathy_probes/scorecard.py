@@ -130,9 +130,9 @@ def _coverage(curve: str) -> Callable[[Case], np.ndarray | None]:
 
 
 def _all_at_once(curve: str) -> Callable[[Case], np.ndarray | None]:
-    """Whether the intervals of all targets at all layers together hold the truth, where all controls are usable.
+    """Whether the intervals of all targets at all layers together hold the truth, where that is defined (`_referred`).
 
-    Elsewhere the truth, which is relative to all of them, is of something else. A redraw in which no layer is left says nothing.
+    A redraw in which no layer is left says nothing.
     """
 
     def measure(case: Case) -> np.ndarray | None:
@@ -140,11 +140,16 @@ def _all_at_once(curve: str) -> Callable[[Case], np.ndarray | None]:
             return None
         k = CURVES.index(curve)
         blank = np.isnan(case.outcomes.curves[..., k, 1:]).all(-1) | np.isnan(case.truth(curve))
-        blank |= ~case.outcomes.referred[:, None]
+        blank |= ~_referred(case)[:, None]
         held = (case.outcomes.covers()[..., k] | blank).all((1, 2))
         return np.where(blank.all((1, 2)), np.nan, held)
 
     return measure
+
+
+def _referred(case: Case) -> Bool[np.ndarray, "redraw layer"]:
+    """Layers at which all controls are carried, or were all used: truth is relative to all of them."""
+    return np.asarray((case.outcomes.controls > CARRIED).all(0) | case.outcomes.usable)
 
 
 def _error(case: Case) -> np.ndarray | None:
@@ -169,13 +174,10 @@ def _printed_error(case: Case) -> np.ndarray | None:
 
 
 def _false_alarm(case: Case) -> np.ndarray:
-    """Any decision about a target that nothing was planted in, at any layer where the truth is within the margin.
-
-    Where all controls are usable, as in `_all_at_once`.
-    """
+    """Any decision about a target that nothing was planted in, at any layer where the truth is defined and within the margin."""
     truth, o = case.truth("specific"), case.outcomes
     others = np.array([name != case.concept for name in o.targets])[:, None]
-    innocent = (truth <= MARGIN) & (truth >= -MARGIN) & others & o.referred[:, None]
+    innocent = (truth <= MARGIN) & (truth >= -MARGIN) & others & _referred(case)[:, None]
     attenuated, amplified = o.beyond(MARGIN)
     claimed = np.isin(o.decisions, (ATTENUATED, AMPLIFIED)) | ((attenuated | amplified) & (o.decisions != 0))
     return np.where(innocent.any((1, 2)), (claimed & innocent).any((1, 2)), np.nan)

@@ -174,7 +174,11 @@ def test_what_cannot_be_judged_meets_no_target(case: Case) -> None:
     asked = ("coverage_band", "false_alarm")
     found = {r.metric: r.value for r in score([replace(case, outcomes=wrong)]) if r.metric in asked}
     assert found == {"coverage_band": 0, "false_alarm": 1}
-    nowhere = replace(wrong, referred=np.zeros_like(wrong.referred))
+    faint = replace(wrong, controls=np.full_like(wrong.controls, 0.05))
+    assert {r.value for r in score([replace(case, outcomes=faint)]) if r.metric in asked} == {0, 1}, (
+        "used all the same"
+    )
+    nowhere = replace(faint, usable=np.zeros_like(wrong.usable))
     assert not [r for r in score([replace(case, outcomes=nowhere)]) if r.metric in asked]
 
 
@@ -221,7 +225,7 @@ def test_decisions_are_scored_with_the_errors_of_fresh_scenarios() -> None:
     curves = np.full((4000, 1, 1, len(CURVES), 3), np.nan, np.float32)
     curves[:, 0, 0, CURVES.index("band")] = halves[:, None] + np.array([0, -1.96, 1.96]) * spread
     outcomes = Outcomes(
-        n, np.array([many]), ("a",), (0,), np.full((1, 1, len(CURVES)), truth), curves,
+        n, np.array([many]), ("a",), (0,), np.full((1, 1, len(CURVES)), truth), np.ones((6, 1)), curves,
         np.full((4000, 1, 1), 4, np.int8), np.ones((4000, 1), bool), np.zeros((4000, 1, 1)), np.zeros((4000, 1, 1), bool), np.zeros((4000, 1), bool),
     )  # fmt: skip
     assert ((halves - 1.96 * spread) > truth).mean() < 0.006
@@ -242,7 +246,7 @@ def test_what_is_relative_to_controls_errs_with_the_scenarios_of_both(own: float
     # As far off on the other side: on average not at all.
     curves[1, 0, 0, specific] += 2 * truth[0, 0, specific]
     outcomes = Outcomes(
-        100, np.array([500, 200]), ("a", "b"), (0,), truth, curves, np.zeros((2, 2, 1), np.int8),
+        100, np.array([500, 200]), ("a", "b"), (0,), truth, np.ones((6, 1)), curves, np.zeros((2, 2, 1), np.int8),
         np.ones((2, 1), bool), np.zeros((2, 2, 1)), np.zeros((2, 2, 1), bool), np.zeros((2, 2), bool),
     )  # fmt: skip
     assert outcomes.covers()[0, 0, 0, specific] == held
@@ -321,7 +325,7 @@ def test_scorecards_of_different_bases_pool_to_that_of_one_run(case: Case) -> No
     provenance = {"version": "0", "redraws": 30, "population": 900, "others": 900, "draws": 1000, "nuisance": 0.5,
                   "doubt": 0.2, "seed": 0, "sizes": [60], "bases": ["one-0"], "pairs": 1}  # fmt: skip
     o = case.outcomes
-    fields = ("curves", "decisions", "referred", "minimum_detectable", "onset", "onset_none")
+    fields = ("curves", "decisions", "usable", "minimum_detectable", "onset", "onset_none")
     parts = [replace(case, outcomes=replace(o, **{name: getattr(o, name)[part] for name in fields}))
              for part in (slice(0, 25), slice(25, None))]  # fmt: skip
     first, second = (
