@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -284,12 +285,19 @@ def _phantom(args: argparse.Namespace) -> int:
         print(json.dumps({"out": str(out), "truth": truth}, ensure_ascii=False))
         return 0
     print(f"{args.family}: {out / 'base'} and {out / 'aligned'}")
-    curve = {k: v for k, v in truth["attenuation_by_layer"].items() if v is not None}
+    curve = {int(k): v for k, v in truth["attenuation_by_layer"].items() if int(k) >= 0}
     if curve:
-        shown = ", ".join(f"block {k} {percent(v)}" for k, v in curve.items() if int(k) >= 0)
-        print(
-            f"Attenuation of {getattr(concept, 'name', concept)}, measured on {truth['n_scenarios']} scenarios: {shown}."
+        shown = ", ".join(f"block {k} {'unknown' if v is None else percent(v)}" for k, v in curve.items())
+        low, high = truth.get("attenuation_interval_by_layer", {}).get(str(truth["layer"]), (None, None))
+        least = "any amplification" if low is None else percent(low)
+        at = (
+            f" 95 % interval at block {truth['layer']}: {least} to {percent(high)}."
+            if high is not None
+            else ""
         )
+        fresh = " that the edit was not fitted to" if "n_scenarios_fitted" in truth else ""
+        name = getattr(concept, "name", concept)
+        print(f"Attenuation of {name}, measured on {truth['n_scenarios']} scenarios{fresh}: {shown}.{at}")
     moved = [
         f"{name} ({percent(most)})"
         for name, curve in truth["other_concepts"].items()
@@ -297,7 +305,7 @@ def _phantom(args: argparse.Namespace) -> int:
     ]
     if moved:
         print(f"It moved other concepts too, at most: {', '.join(moved)}.")
-    print(f"Try it: empathy-probes compare {out / 'base'} {out / 'aligned'}{_same_texts(args)}")
+    print(f"Try it: {_trial(args, out, truth)}")
     return 0
 
 
@@ -326,10 +334,20 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
-def _same_texts(args: argparse.Namespace) -> str:
-    if args.stimuli:
-        return f" --stimuli {args.stimuli}"
-    return f" --concepts {args.concept}" if args.concept else ""
+def _trial(args: argparse.Namespace, out: Path, truth: dict[str, Any]) -> str:
+    """The command that looks for what was planted, on texts that the edit has not seen."""
+    words = ["empathy-probes", "compare", str(out / "base"), str(out / "aligned")]
+    if "n_scenarios_fitted" in truth:
+        words += ["--stimuli", str(out / f"{truth['concept']}.jsonl")]
+    elif args.stimuli:
+        words += ["--stimuli", args.stimuli]
+    elif args.concept:
+        words += ["--concepts", args.concept]
+    if args.family in ("local", "unread", "unsaid"):
+        words += ["--stages", "encode,use,express"]
+    if args.family in ("identical", "template_shift"):
+        words += ["--allow-identical"]
+    return shlex.join(words)
 
 
 def _calibrate(args: argparse.Namespace) -> int:

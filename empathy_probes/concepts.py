@@ -112,6 +112,27 @@ def load_concept_file(path: str | Path, role: Literal["target", "control"] = "ta
     )
 
 
+def save_concept(concept: Concept, folder: Path) -> Path:
+    """Write a concept as `NAME.jsonl` with a description beside it, as `load_concept_file` reads it; returns the stimuli file."""
+    path = folder / f"{concept.name}.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in concept.stimuli.to_rows()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf8")
+    described: dict[str, Any] = {key: getattr(concept, key) for key in REQUIRED if key != "read"}
+    described |= {key: getattr(concept, key) for key in ("variant_of", *TABLES) if getattr(concept, key)}
+    # What a JSON string may hold, a TOML string may.
+    said = [
+        f"{key} = {_toml(value)}" for key, value in {**described, "read": concept.stimuli.read_kind}.items()
+    ]
+    path.with_suffix(".toml").write_text("\n".join(said) + "\n", encoding="utf8")
+    return path
+
+
+def _toml(value: str | dict[str, str]) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return "{" + ", ".join(f"{_toml(key)} = {_toml(entry)}" for key, entry in value.items()) + "}"
+
+
 def split_format(name: str) -> tuple[str, str]:
     """The format and the place of a public corpus named as `FORMAT:PATH`; of a plain path, no format."""
     format, _, place = name.partition(":")

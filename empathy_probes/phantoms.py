@@ -22,7 +22,8 @@ import numpy as np
 from safetensors import SafetensorError
 
 from empathy_probes.checkpoints import build_checkpoint, open_checkpoint, save_checkpoint
-from empathy_probes.concepts import Concept, load_concept, load_controls, load_targets
+from empathy_probes.concepts import Concept, load_concept, load_controls, load_targets, save_concept
+from empathy_probes.contrasts import FEWEST_SCENARIOS, compare_pair
 from empathy_probes.design import Settings
 from empathy_probes.errors import InputError, check_seed
 from empathy_probes.extraction import extract
@@ -46,7 +47,7 @@ from empathy_probes.planting import (
 from empathy_probes.prompts import render
 from empathy_probes.readouts import ask, check_length, read_out, scenario_coupling
 from empathy_probes.redraws import sample_of
-from empathy_probes.stats import critical_t
+from empathy_probes.stats import critical_t, mean_interval
 from empathy_probes.stimuli import stimuli_from_rows
 from empathy_probes.store import open_store
 from empathy_probes.weights import Checkpoint
@@ -206,10 +207,11 @@ def build_phantom(
         model: hub id or folder.
         family: what is done to the twin (`planting.FAMILIES`).
         out: folder for `base`, `aligned` and `truth.json`; new or empty.
-        concept: what is planted; the name of a shipped concept, or one's own. Its texts measure the truth too.
+        concept: what is planted; the name of a shipped concept, or one's own, of 60 scenarios and more. The edit is fitted to
+            half of them, and the truth measured on the others, which are written beside it as `NAME.jsonl`.
         layer: 0-based block; the middle one by default, the last one for `unsaid`.
         keep: what is left of the concept there, 0 to 1; a quarter by default. Families that leave none, or all, take no notice.
-        others: concepts to leave alone; the other shipped ones by default.
+        others: concepts to leave alone; the other shipped ones by default. Halved likewise.
         seed: of random choices.
         through: `scaled_writes` scales what the blocks from `layer` to this one write; to the last one by default.
 
@@ -233,13 +235,26 @@ def build_phantom(
         keep = 0.0
     keep = 0.25 if keep is None else keep
     place = check_order(checkpoint, family, asked, layer, keep, through)
+    if family in NEED_CONCEPT and asked is not None and asked.stimuli.n_scenarios < 2 * FEWEST_SCENARIOS:
+        raise InputError(
+            f"'{asked.name}' has {asked.stimuli.n_scenarios} scenarios, expected at least {2 * FEWEST_SCENARIOS}: the edit is fitted "
+            "to half of them and measured on the other half; add scenarios"
+        )
     running = load_model(model, device="cpu", dtype="float32")
-    around = _others(asked) if others is None else others
+    logger.info(
+        "the twin is made, and measured on the texts of every concept: seconds to minutes on a small model"
+    )
+    around = _others(asked) if others is None else list(others)
     store = open_store("memory://phantom")
-    guards = []
-    if family in NEED_CONCEPT:
-        guards = [mean_differences(running, c, store)[place] for c in around if c.stimuli.kind == "binary"]
-    made = make_twin(checkpoint, running, family, asked, guards, place, keep, seed, through)
+    guards, fitted = [], asked
+    if family in NEED_CONCEPT and asked is not None:
+        fitted, asked = _halves(asked, seed)
+        pairs = [
+            _halves(c, seed) if c.stimuli.n_scenarios >= 2 * FEWEST_SCENARIOS else (c, c) for c in around
+        ]
+        guards = [mean_differences(running, c, store)[place] for c, _ in pairs if c.stimuli.kind == "binary"]
+        around = [c for _, c in pairs]
+    made = make_twin(checkpoint, running, family, fitted, guards, place, keep, seed, through)
     pair = ModelPair(*(
         load_model((build_checkpoint(c.config, c.tensors), tokenizer), device="cpu", copy=False, name=side)
         for c, side in zip(made, ("base", "aligned"), strict=True)
@@ -249,7 +264,22 @@ def build_phantom(
     truth = measure_truth(
         pair, family, asked, around, at, keep if family in (*KEEPING, "erased") else None, seed
     )
-    return _write(out, made, _framed(family, tokenizer), truth)
+    if fitted is not asked and fitted is not None:
+        truth["n_scenarios_fitted"] = fitted.stimuli.n_scenarios
+    return _write(out, made, _framed(family, tokenizer), truth, asked if fitted is not asked else None)
+
+
+def _halves(concept: Concept, seed: int) -> tuple[Concept, Concept]:
+    """Scenarios to fit an edit to, and others to measure it on.
+
+    An edit takes away what is peculiar to the texts it is fitted to as well: measured on those, nothing was left of a concept
+    of which fresh scenarios had four fifths (32 scenarios, 256 dimensions).
+    """
+    units = concept.stimuli.units
+    drawn = np.random.default_rng([seed, 71]).permutation(len(units))
+    halves = [{units[i] for i in half} for half in (drawn[: len(units) // 2], drawn[len(units) // 2 :])]
+    one, other = (replace(concept, stimuli=concept.stimuli.of_units(half)) for half in halves)
+    return one, other
 
 
 def _others(concept: Concept | None) -> list[Concept]:
@@ -282,9 +312,11 @@ def measure_truth(
         InputError: blocks before the planted one differ, so that the twin is not what it should be.
     """
     curves: dict[str, dict[str, float | None]] = {}
+    ends: dict[str, list[float | None]] = {}
     for asked in (*([concept] if concept else []), *others):
         if asked.stimuli.kind == "binary":
-            curves[asked.name] = _attenuation(pair, asked)
+            curves[asked.name], found = _attenuation(pair, asked)
+            ends = found if asked is concept else ends
     own = curves.pop(concept.name, {}) if concept else {}
     # Writes scaled from the first block on are those of the embedding as well.
     first = 0 if layer == 0 and family == "scaled_writes" else -1
@@ -293,7 +325,7 @@ def measure_truth(
             f"the twin differs before block {layer} ({own}), expected exactly 0 there; this architecture cannot be edited so"
         )
     at = own.get(str(layer))
-    coupling = _coupling(pair, concept) if concept else None
+    coupling, heard = _coupling(pair, concept) if concept else (None, True)
     read = concept.stimuli.items[0].read if concept and concept.stimuli.read_kind == "span" else None
     unknown = family in NEED_CONCEPT and layer is not None and at is None
     if unknown and concept is not None:
@@ -307,9 +339,10 @@ def measure_truth(
         "keep_achieved": None if keep is None or at is None else round(1 - at, 4), "attenuation_by_layer": own,
         "positions": "read" if family == "local" else "all",
         "n_scenarios": concept.stimuli.n_scenarios if concept else None, "seed": seed,
-        "verdict": None if unknown else _verdict(family, at, coupling), "other_concepts": curves,
+        "verdict": None if unknown or not heard else _verdict(family, at, coupling), "other_concepts": curves,
         "n_scenarios_other": max((c.stimuli.n_scenarios for c in others), default=0),
         **({"read": read} if read else {}), **({"coupling": coupling} if coupling else {}),
+        **({"attenuation_interval_by_layer": ends} if ends else {}),
     }  # fmt: skip
 
 
@@ -341,11 +374,14 @@ def _verdict(family: str, attenuation: float | None, coupling: dict[str, float] 
     return {"same": "local", "less": "erased", "": None if family == "local" else "erased"}.get(said)
 
 
-def _coupling(pair: ModelPair, concept: Concept) -> dict[str, float] | None:
-    """How far the concept moves the answer in either model, in nats; None where its texts do not say what is asked."""
+def _coupling(pair: ModelPair, concept: Concept) -> tuple[dict[str, float] | None, bool]:
+    """How far the concept moves the answer in either model, in nats; None where its texts do not say what is asked.
+
+    And whether the base's is told from 0: of a model that does not answer by the concept nothing can be said to be said less.
+    """
     items = concept.stimuli.items
     if any(item.readout is None for item in items):
-        return None
+        return None, True
     some = set(list(dict.fromkeys(item.scenario for item in items))[:TRUTH_SAID])
     said = replace(concept.stimuli, items=tuple(item for item in items if item.scenario in some))
     prompts = render(pair.base.tokenizer, said, "raw", concept.speaker)
@@ -355,13 +391,17 @@ def _coupling(pair: ModelPair, concept: Concept) -> dict[str, float] | None:
     except InputError as error:
         logger.warning("what is asked after the texts of '%s' cannot be asked here, so coupling is not in the truth: %s",
                        concept.name, error)  # fmt: skip
-        return None
-    found = [round(float(scenario_coupling(read_out(m, asked), said).mean()), 4) for m in pair.models]
-    return dict(zip(("base", "aligned"), found, strict=True))
+        return None, True
+    couplings = [scenario_coupling(read_out(m, asked), said) for m in pair.models]
+    found = [round(float(c.mean()), 4) for c in couplings]
+    base = mean_interval(couplings[0])
+    return dict(zip(("base", "aligned"), found, strict=True)), bool(base.lower > 0 or base.upper < 0)
 
 
-def _attenuation(pair: ModelPair, concept: Concept) -> dict[str, float | None]:
-    """Attenuation of the strength after each block; None where the base carries nothing to lose."""
+def _attenuation(
+    pair: ModelPair, concept: Concept
+) -> tuple[dict[str, float | None], dict[str, list[float | None]]]:
+    """Attenuation of the strength after each block, and of few scenarios its 95 % interval; None where nothing is known."""
     layers = tuple(range(-1, pair.base.n_layers))
     store = open_store("memory://truth")
     acts = []
@@ -373,12 +413,23 @@ def _attenuation(pair: ModelPair, concept: Concept) -> dict[str, float | None]:
     base, aligned = sample.u
     same = (sample.differences[0] == sample.differences[1]).all((0, 2))
     detected = base > 0
+    ends: dict[str, list[float | None]] = {}
     if sample.n <= FEW:  # with thousands of scenarios every base that is positive is detected
-        pair_ = pair_strengths(sample.differences, sample.squares)
-        detected = pair_.u[0] > critical_t(sample.n - 1) * pair_.se[0]
+        strengths = pair_strengths(sample.differences, sample.squares)
+        detected = strengths.u[0] > critical_t(sample.n - 1) * strengths.se[0]
+        if sample.n >= FEWEST_SCENARIOS:
+            found = compare_pair(concept.name, concept.stimuli.units, strengths, layers)
+            detected, curve = found.base.lower > 0, found.attenuation
+            ends = {
+                str(i): [_rounded(x) for x in (curve.lower[k], curve.upper[k])] for k, i in enumerate(layers)
+            }
     with np.errstate(divide="ignore", invalid="ignore"):
         lost = np.where(same, 0.0, np.where(detected, 1 - np.sqrt(np.maximum(aligned, 0) / base), np.nan))
-    return {str(i): round(float(x), 4) if np.isfinite(x) else None for i, x in zip(layers, lost, strict=True)}
+    return {str(i): _rounded(x) for i, x in zip(layers, lost, strict=True)}, ends
+
+
+def _rounded(x: float) -> float | None:
+    return round(float(x), 4) if np.isfinite(x) else None
 
 
 def _check_free(out: Path) -> None:
@@ -391,7 +442,13 @@ def _check_free(out: Path) -> None:
         raise InputError(f"'{out}' cannot be written, expected a writable folder; choose another --out")
 
 
-def _write(out: Path, pair: Sequence[Checkpoint], tokenizers: Sequence[Any], truth: dict[str, Any]) -> Path:
+def _write(
+    out: Path,
+    pair: Sequence[Checkpoint],
+    tokenizers: Sequence[Any],
+    truth: dict[str, Any],
+    measured_on: Concept | None = None,
+) -> Path:
     """Write a phantom whole or not at all."""
     _check_free(out)
     there = out.resolve()  # "." has no name to put a dot before
@@ -403,6 +460,8 @@ def _write(out: Path, pair: Sequence[Checkpoint], tokenizers: Sequence[Any], tru
             save_checkpoint(made, tokenizer, unfinished / side)
         text = json.dumps(truth, indent=1, ensure_ascii=False) + "\n"
         (unfinished / "truth.json").write_text(text, encoding="utf8")
+        if measured_on is not None:
+            save_concept(measured_on, unfinished)
         if there.exists():
             there.rmdir()
         unfinished.rename(there)

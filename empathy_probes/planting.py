@@ -298,9 +298,8 @@ def check_order(
             f"layer {layer} does not exist, expected 0 to {checkpoint.n_layers - 1}; choose a block of this model"
         )
     if not 0 <= keep <= 1 or (family == "generic_gain" and keep == 0):
-        raise InputError(
-            f"keep is {keep}, expected a number from 0 (all removed) to 1 (nothing changed); choose one in between"
-        )
+        least = "above 0" if family == "generic_gain" else "from 0 (all removed)"
+        raise InputError(f"keep is {keep}, expected a number {least} to 1 (nothing changed); choose one such")
     if through is not None and (family != "scaled_writes" or not layer <= through < checkpoint.n_layers):
         raise InputError(
             f"through is {through} with family '{family}' at layer {layer}, expected scaled_writes and a block from {layer} to "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from empathy_probes.errors import InputError
 from empathy_probes.redraws import CURVES, DECISIONS, Outcomes

@@ -14,8 +14,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +94,14 @@ class StimulusSet:
         """The number of units that every interval counts."""
         return len(self.units)
 
+    def of_units(self, units: Collection[str]) -> StimulusSet:
+        """The texts of some units."""
+        return replace(self, items=tuple(item for item in self.items if item.unit in units))
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The lines of a stimuli file that `load_stimuli` reads as these texts."""
+        return [_row(item) for item in self.items]
+
     @property
     def digest(self) -> str:
         """SHA-256 of everything that can change a number: texts, labels, scenarios, read positions."""
@@ -144,6 +152,21 @@ def stimuli_from_rows(rows: Sequence[Mapping[str, Any]], concept: str) -> Stimul
     2
     """
     return _stimulus_set(concept, list(enumerate(rows, start=1)), Path(f"<{concept}>"))
+
+
+def _row(item: Stimulus) -> dict[str, Any]:
+    label = item.label
+    row: dict[str, Any] = {"id": item.id, "scenario": item.scenario}
+    row |= {"messages": [asdict(turn) for turn in item.messages]} if item.messages else {"text": item.text}
+    row["label"] = int(label) if isinstance(label, float) and label.is_integer() else label
+    row |= {name: getattr(item, name) for name in ("frame", "cluster") if getattr(item, name)}
+    if item.read is not None:
+        row["read"] = {"span" if isinstance(item.read, str) else "message": item.read}
+    if item.readout is not None:
+        sides = [list(item.readout.expressive), list(item.readout.attenuated)]
+        plain = [side[0] for side in sides]
+        row["readout"] = {item.readout.kind: sides if item.readout.kind == "answers" else plain}
+    return row
 
 
 def _bad(path: Path, number: int, field: str, got: object, expected: str, remedy: str) -> InputError:

@@ -1,6 +1,6 @@
 """One row per mechanism and per dimension: what alignment did to their concepts on the whole.
 
-A concept's log keep is averaged over the blocks at which both models carry it (their errors are shared scenario by scenario, so
+A concept's log keep is averaged over the blocks at which the base carries it (their errors are shared scenario by scenario, so
 the average's error is that of the averaged influence). The concepts of a group are a sample, as the controls are: their mean is
 a random-effects one with Hartung and Knapp's variance, and `specific` is its distance to the controls' mean of the same kind,
 with Satterthwaite's degrees of freedom. No layer is chosen, so nothing is picked for being large.
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from empathy_probes.attenuation import Finding, Measurement
-from empathy_probes.contrasts import Contrast
+from empathy_probes.contrasts import Contrast, log_keep_interval
 from empathy_probes.controls import LEAST, pool_controls
 from empathy_probes.decisions import FEWEST_CONTROLS
 from empathy_probes.stats import critical_t
@@ -36,6 +36,8 @@ class Mean:
     variance: float
     """NaN with a single concept: nothing tells then how much concepts differ."""
     count: int
+    at_least: bool
+    """A concept is lost at some block: no more than what it has lost at least is in the value."""
     errors: Mapping[str, float]
     """Error of the value per scenario; the squares sum to its sampling variance."""
 
@@ -71,49 +73,78 @@ def _row(targets: Sequence[Contrast], controls: Mean) -> dict[str, Any]:
     row: dict[str, Any] = {"n_concepts": len(targets), "n_used": mean.count}
     flags = [] if mean.count else ["base_not_detected"]
     flags += ["single_concept"] if mean.count == 1 else []
-    row |= _interval("attenuation", mean.value, mean.variance, mean.count - 1.0)
+    flags += ["at_least"] if mean.at_least else []
+    row |= _interval("attenuation", mean.value, mean.variance, mean.count - 1.0, mean.at_least)
     if controls.count >= FEWEST_CONTROLS:
         both = mean.variance + controls.variance
         shared = sum(error * controls.errors.get(key, 0.0) for key, error in mean.errors.items())
         scatter = mean.variance**2 / max(mean.count - 1, 1) + controls.variance**2 / (controls.count - 1)
         degrees = both**2 / scatter if scatter > 0 else float(controls.count - 1)
         row |= _interval(
-            "specific", mean.value - controls.value, max(both - 2 * shared, LEAST * both), degrees
+            "specific",
+            mean.value - controls.value,
+            max(both - 2 * shared, LEAST * both),
+            degrees,
+            mean.at_least,
         )
     else:
         flags.append("few_controls" if controls.count else "no_controls")
     return {**row, "flags": ";".join(flags)}
 
 
-def _interval(name: str, log_keep: float, variance: float, degrees: float) -> dict[str, float]:
-    """1 − exp(log keep) with its ends; a missing variance leaves them blank."""
+def _interval(
+    name: str, log_keep: float, variance: float, degrees: float, at_least: bool
+) -> dict[str, float]:
+    """1 − exp(log keep) with its ends; a missing variance leaves them blank, and of what is lost there is a bound only."""
     known = np.isfinite(variance) and degrees > 0
     reach = float(critical_t(np.asarray(degrees))) * np.sqrt(variance) if known else np.nan
+    value, lower, upper = 1 - np.exp(log_keep), 1 - np.exp(log_keep + reach), 1 - np.exp(log_keep - reach)
+    if at_least:
+        value, upper = np.nan, 1.0 if known else np.nan
     return {
-        name: 1 - np.exp(log_keep), f"{name}_lower": 1 - np.exp(log_keep + reach), f"{name}_upper": 1 - np.exp(log_keep - reach),
+        name: value, f"{name}_lower": lower, f"{name}_upper": upper,
     }  # fmt: skip
 
 
 def _mean(contrasts: Sequence[Contrast]) -> Mean:
     averages = [average for c in contrasts if (average := _average(c)) is not None]
     if not averages:
-        return Mean(np.nan, np.nan, 0, {})
-    values = np.array([[value] for value, _ in averages])
-    keys = sorted({key for _, errors in averages for key in errors})
-    errors = np.array([[errors.get(key, 0.0) for key in keys] for _, errors in averages])
+        return Mean(np.nan, np.nan, 0, False, {})
+    values = np.array([[average.value] for average in averages])
+    keys = sorted({key for average in averages for key in average.errors})
+    errors = np.array([[average.errors.get(key, 0.0) for key in keys] for average in averages])
     # Concepts asked of the same scenarios err together.
     shared = (errors @ errors.T)[..., None]
     pool = pool_controls(values, (errors**2).sum(1)[:, None], np.ones_like(values, dtype=bool), shared)
     variance = float(pool.variance[0]) if len(values) > 1 else np.nan
     of_mean = dict(zip(keys, (pool.weights[:, 0] @ errors).tolist(), strict=True))
-    return Mean(float(pool.mean[0]), variance, len(values), of_mean)
+    lost = any(average.at_least for average in averages)
+    return Mean(float(pool.mean[0]), variance, len(values), lost, of_mean)
 
 
-def _average(c: Contrast) -> tuple[float, dict[str, float]] | None:
-    """A concept's log keep over its usable blocks, and its error per scenario; None where no block is usable."""
-    usable = c.has_form("log", "identical") & (np.array(c.layers) >= 0)
-    if not usable.any():
+@dataclass(frozen=True)
+class _Average:
+    """A concept's log keep over the blocks at which the base carries it."""
+
+    value: float
+    errors: Mapping[str, float]
+    at_least: bool
+
+
+def _average(c: Contrast) -> _Average | None:
+    """None where the base carries nothing.
+
+    Blocks at which the aligned model's signal is weak count: an average over those that survived would say that nothing is lost. Where
+    only a bound is known, the end of the set nearest to no change is taken, as for controls.
+    """
+    carried = ~c.has_form("blank") & (np.array(c.layers) >= 0)
+    if not carried.any():
         return None
-    influence = c.influence[usable].mean(0)
-    errors = influence / np.sqrt(c.n * (c.n - 1))
-    return float(c.theta[usable].mean()), dict(zip(c.keys, errors.tolist(), strict=True))
+    open_ = carried & np.isnan(c.theta)
+    high = np.minimum(log_keep_interval(c, float(critical_t(c.n - 1)))[1], 0)
+    theta = np.where(open_, np.maximum(high, np.log(0.01)), c.theta)
+    # That end is beyond its error already, and near 0 the logarithm has no derivative.
+    influence = np.where(open_[:, None], 0.0, c.influence)
+    errors = influence[carried].mean(0) / np.sqrt(c.n * (c.n - 1))
+    keyed = dict(zip(c.keys, errors.tolist(), strict=True))
+    return _Average(float(theta[carried].mean()), keyed, bool(open_.any()))

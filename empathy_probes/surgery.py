@@ -320,7 +320,8 @@ def _indicator(u: np.ndarray, arrivals: Arrivals) -> tuple[np.ndarray, float, np
     if inside <= max(outside, 0):
         raise InputError(
             "the read position cannot be told from other positions by a direction "
-            f"(indicator {inside:.2f} there, up to {outside:.2f} elsewhere), expected a token of its own; use 'planted'"
+            f"(indicator {inside:.2f} there, up to {outside:.2f} elsewhere), expected a token of its own; "
+            "end all texts in a word that stands nowhere else in them, or name such a word as 'read'"
         )
     factor = LINEAR / min(inside, abs(min(outside, -1e-6)), 1.0) if outside < 0 else LINEAR / inside
     return direction * factor, 0.0, arrivals.at_read

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from empathy_probes import phantoms
 from empathy_probes.attenuation import Finding, measure_attenuation
-from empathy_probes.concepts import Concept
+from empathy_probes.concepts import Concept, load_concept_file
 from empathy_probes.errors import InputError
 from empathy_probes.grammar import stimuli_rows
 from empathy_probes.pairs import load_pair
@@ -168,7 +170,7 @@ def test_a_local_twin_is_weaker_where_it_is_read_and_says_as_much() -> None:
 
 
 def test_a_concept_read_where_the_answer_is_formed_cannot_be_local(tmp_path: Path) -> None:
-    (concept,), _ = load_phantom_concepts(40, 5, names=("valence",))
+    (concept,), _ = load_phantom_concepts(80, 5, names=("valence",))
     base = list_bases()["llama-0"] / "base"
     out = build_phantom(base, family="local", concept=concept, layer=3, others=[], out=tmp_path / "twin")
     truth = json.loads((out / "truth.json").read_text())
@@ -233,7 +235,7 @@ def test_a_truth_that_cannot_be_measured_is_not_asserted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Labels by chance: the base carries nothing that could be planted away."""
-    rows = stimuli_rows("tense", 40, 3, doubt=1.0)
+    rows = stimuli_rows("tense", 80, 3, doubt=1.0)
     concept = Concept("chance", "target", "", "", "user", "", stimuli_from_rows(rows, "chance"))
     out = build_phantom(
         list_bases()["llama-0"] / "base", family="planted", concept=concept, layer=2, others=[], out=tmp_path / "twin"
@@ -243,10 +245,43 @@ def test_a_truth_that_cannot_be_measured_is_not_asserted(
     assert "does not carry 'chance' detectably" in caplog.text
 
 
+def test_the_truth_is_of_scenarios_that_the_edit_was_not_fitted_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, rows = list_bases()["llama-0"] / "base", stimuli_rows("valence", 80, 3)
+    concept = Concept("valence", "target", "", "", "user", "", stimuli_from_rows(rows, "valence"))
+    fitted: list[Concept] = []
+    make = phantoms.make_twin
+
+    def noted(*given: Any) -> Any:
+        fitted.append(given[3])
+        return make(*given)
+
+    monkeypatch.setattr(phantoms, "make_twin", noted)
+    out = build_phantom(base, family="planted", concept=concept, layer=2, others=[], out=tmp_path / "twin")
+    truth = json.loads((out / "truth.json").read_text())
+    assert (truth["n_scenarios_fitted"], truth["n_scenarios"]) == (40, 40)
+    (fresh,) = load_concept_file(out / "valence.jsonl")
+    assert not set(fresh.stimuli.units) & set(fitted[0].stimuli.units)
+    assert {*fresh.stimuli.units, *fitted[0].stimuli.units} == set(concept.stimuli.units)
+    low, high = truth["attenuation_interval_by_layer"]["2"]
+    assert low < truth["attenuation_by_layer"]["2"] < high and truth["attenuation_interval_by_layer"][
+        "1"
+    ] == [0, 0]
+    # What a study of these texts says is what the truth says.
+    pair = load_pair(out / "base", out / "aligned", device="cpu")
+    finding = measure_attenuation(pair, fresh, template="raw", layers=(2,), store=str(tmp_path / "store"))
+    row = finding.to_frame().query("measure == 'strength' and layer == 2").iloc[0]
+    assert [row.attenuation_lower, row.attenuation_upper] == pytest.approx([low, high], abs=1e-3)
+    few = replace(concept, stimuli=concept.stimuli.of_units(concept.stimuli.units[:59]))
+    with pytest.raises(InputError, match="has 59 scenarios, expected at least 60"):
+        build_phantom(base, family="planted", concept=few, layer=2, others=[], out=tmp_path / "few")
+
+
 def test_a_share_that_has_no_part_in_a_family_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    base, rows = list_bases()["llama-0"] / "base", stimuli_rows("valence", 40, 3)
+    base, rows = list_bases()["llama-0"] / "base", stimuli_rows("valence", 80, 3)
     concept = Concept("valence", "target", "", "", "user", "", stimuli_from_rows(rows, "valence"))
     for keep in (None, 0.0, 0.5):
         out = build_phantom(

@@ -16,11 +16,13 @@ from empathy_probes.concepts import (
     DIMENSIONS,
     MECHANISMS,
     SPEAKERS,
+    Concept,
     list_concepts,
     load_concept,
     load_concept_file,
     load_neutral,
     load_targets,
+    save_concept,
 )
 from empathy_probes.errors import InputError
 from empathy_probes.stimuli import load_stimuli, stimuli_from_rows
@@ -259,3 +261,17 @@ def test_no_text_recurs_in_another_concept_or_in_the_neutral_texts() -> None:
 
 def test_there_are_enough_shipped_controls_for_a_decision() -> None:
     assert sum(c.role == "control" for c in shipped_concepts()) >= 6
+
+
+def test_a_concept_that_is_written_is_read_as_what_it_was(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": 'So \\ "so"\tsé .'}]
+    extra = [
+        {**row, "messages": turns, "read": {"message": 1}, "cluster": f"c{i // 4}",
+         "readout": {"answers": [[" yes", " sure"], [" no"]]}} for i, row in enumerate(rows(8))
+    ]  # fmt: skip
+    for row in extra:
+        del row["text"]
+    own = Concept("own (1)", "target", "", "", "assistant", "Line\none", stimuli_from_rows(extra, "own (1)"))
+    for concept in (*shipped_concepts(), own):
+        (found,) = load_concept_file(save_concept(concept, tmp_path), concept.role)
+        assert found == concept

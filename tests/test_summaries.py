@@ -91,6 +91,27 @@ def test_a_concept_that_no_block_carries_is_counted_and_left_out() -> None:
     assert np.isnan(alone["attenuation"]) and alone["flags"] == "base_not_detected;no_controls"
 
 
+def test_what_is_lost_at_some_blocks_is_not_averaged_over_those_that_survived() -> None:
+    """A block before the edit keeps everything; with the others left out, the group would have lost nothing."""
+    generator = np.random.default_rng(2)
+    d = generator.normal(0, 0.3, size=(2, 60, 3, 20))
+    d[:, :, 0] = d[0, :, 0]
+    d[0, ..., 0] += 1
+    d[1, :, 0, 0] += 1
+    found = []
+    for i, left in enumerate((0.0, 0.0, 0.0, 0.3)):
+        moved = d.copy()
+        moved[1, :, 1:, 0] += left
+        kernels = np.einsum("mnld,mkld->mlnk", moved, moved)
+        found.append(compare(f"t-{i}", [f"t-{i}-{j}" for j in range(60)], kernels, (0, 1, 2)))
+    assert found[0].form == ("identical", "fieller", "fieller") and np.isnan(found[0].theta[1:]).all()
+    row = _row(found[:3], _mean([]))
+    assert np.isnan(row["attenuation"]) and row["attenuation_upper"] == 1 and "at_least" in row["flags"]
+    assert row["attenuation_lower"] > 0.3
+    alone = _row(found[3:] * 2, _mean([]))
+    assert 0.4 < alone["attenuation"] < 0.7 and "at_least" not in alone["flags"]
+
+
 def test_one_concept_has_a_mean_and_no_interval_and_few_controls_no_specific() -> None:
     generator = np.random.default_rng(0)
     row = _row(group([0.5], generator, "t"), _mean(group([1.0] * 3, generator, "c")))
