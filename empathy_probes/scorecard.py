@@ -391,11 +391,11 @@ class Scorecard:
         """Write `scorecard.json` and `scorecard.csv`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"schema_version": SCHEMA_VERSION, "provenance": dict(self.provenance),
-                  "rows": [asdict(row) for row in self.rows]}  # fmt: skip
-        write_file(
-            folder / "scorecard.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
-        )
+        said = {"schema_version": SCHEMA_VERSION, "provenance": dict(self.provenance)}
+        # A row per line: two cards can be compared line by line.
+        rows = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in self.rows)
+        text = f'{json.dumps(said, ensure_ascii=False)[:-1]}, "rows": [\n{rows}\n]}}\n'
+        write_file(folder / "scorecard.json", text.encode())
         table = io.StringIO()
         self.to_frame().to_csv(table, index=False, float_format="%.6g")
         write_file(folder / "scorecard.csv", table.getvalue().encode())
