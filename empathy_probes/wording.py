@@ -185,16 +185,16 @@ def card(
         "at": BLANK if missing(at) else layer_name(at),
         "where": _where(decision, headline),
         "sure": _sure(decision, headline, margins(options)[1 if specific else 0]),
-        "against": _against(specific, controls, split_flags(headline.get("flags"))),
+        "against": _against(specific, controls, n_controls, split_flags(headline.get("flags"))),
         "flags": split_flags(headline.get("flags")),
         "others": [_short_headline(h) for h in others],
         "headline": dict(headline),
     }
 
 
-def _against(specific: bool, controls: Any, flags: tuple[str, ...]) -> str:
+def _against(specific: bool, controls: Any, measured: int, flags: tuple[str, ...]) -> str:
     if "few_controls" in flags:
-        return f"{controls} control concepts, fewer than six of them usable"
+        return f"{measured} control concepts, {controls} of them usable; six are needed"
     if not controls:
         return "no controls were measured"
     if not specific:

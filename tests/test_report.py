@@ -605,6 +605,18 @@ def test_print_and_screen_show_the_same_numbers() -> None:
         np.testing.assert_array_equal(shown[name], np.asarray(drawn[name], float))
 
 
+def test_a_card_says_how_many_of_the_measured_controls_are_usable() -> None:
+    headline = {
+        "concept": "x",
+        "template": "raw",
+        "site": "resid_post",
+        "flags": "few_controls",
+        "n_controls": 1,
+    }
+    said = report.wording.card(headline, [], {}, 8)["against"]
+    assert said == "8 control concepts, 1 of them usable; six are needed"
+
+
 def test_with_few_controls_the_band_belongs_to_attenuation_and_specific_keeps_its_own_interval() -> None:
     study = make_small()
     frame = study.tables["attenuation"]
