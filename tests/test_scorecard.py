@@ -398,7 +398,7 @@ def test_every_family_has_its_place_in_the_full_run() -> None:
 def test_an_interrupted_run_goes_on_and_another_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="empathy_probes")
     twins = (Twin("llama-0", "rotated"), Twin("llama-0", "identical"))
     options = Options(twins, sizes=(40,), population=80, others=80, redraws=4)
     out = tmp_path / "card"
