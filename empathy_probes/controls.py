@@ -109,6 +109,16 @@ def _scatter(contrast: Contrast, keys: Sequence[str]) -> Float[np.ndarray, "laye
     return scattered
 
 
+def nearest_to_no_change(c: Contrast) -> Float[np.ndarray, " layer"]:
+    """The end of the 95 % set of log keep that is nearest to 0; 0 where no change is compatible.
+
+    A signal removed without any noise would be -inf; keep 0.01 says as much and leaves a mean.
+    """
+    low, high = log_keep_interval(c, float(critical_t(c.n - 1)))
+    end = np.where(high < 0, high, np.where(low > 0, low, 0.0))
+    return np.clip(end, np.log(0.01), -np.log(0.01))
+
+
 def build_reference(controls: Sequence[Contrast]) -> Reference:
     """Pool the controls, layer by layer.
 
@@ -121,15 +131,13 @@ def build_reference(controls: Sequence[Contrast]) -> Reference:
     theta = np.stack([c.theta for c in controls])
     variance = np.stack([c.se**2 for c in controls])
     weak = np.stack([c.has_form("fieller") for c in controls])
-    low, high = np.zeros_like(theta), np.zeros_like(theta)
-    for j, control in enumerate(controls):
-        if weak[j].any():
-            low[j], high[j] = log_keep_interval(control, float(critical_t(control.n - 1)))
+    bounds = np.stack(
+        [nearest_to_no_change(c) if w.any() else c.theta for c, w in zip(controls, weak, strict=True)]
+    )
     # Lost ones have no error of their own: where all others are lost or undetected too there is nothing to lean on.
-    lost = weak & ((high < 0) | (low > 0)) & usable.any(axis=0)
+    lost = weak & (bounds != 0) & usable.any(axis=0)
     typical = np.where(usable, variance, 0.0).sum(axis=0) / np.maximum(usable.sum(axis=0), 1)
-    # A signal removed without any noise would be -inf; keep 0.01 says as much and leaves a mean.
-    effects = np.where(usable, theta, np.clip(np.where(high < 0, high, low), np.log(0.01), -np.log(0.01)))
+    effects = np.where(usable, theta, bounds)
     variances = np.where(usable, variance, typical)
 
     keys = tuple(sorted({key for c in controls for key in c.keys}))

@@ -218,9 +218,9 @@ def _view(
     influence[live] = (pair.influence[1] - square[:, None] * pair.influence[0])[live] / pair.u[0][live, None]
     ratio_errors = signs.astype(float) @ influence.T / np.sqrt(n * (n - 1))
     edge = float(np.log(1 - margin))
-    # A layer that cannot be judged neither is excluded from the onset nor excludes another.
     none, enough = np.zeros_like(sums), np.zeros_like(shown)
     if reference is None or common is None:
+        # A layer that cannot be judged neither is excluded from the onset nor excludes another.
         plain = np.where(shown, -gap_to(target, None, edge).t, 0.0)
         return _View(target, enough, sums, none, none, ratio_errors, plain)
     enough = (reference.pool.count >= FEWEST_CONTROLS) & shown

@@ -246,9 +246,9 @@ def build_phantom(
     )
     around = _others(asked) if others is None else list(others)
     store = open_store("memory://phantom")
-    guards, fitted = [], asked
+    guards, fitted, fresh = [], asked, asked
     if family in NEED_CONCEPT and asked is not None:
-        fitted, asked = _halves(asked, seed)
+        fitted, fresh = _halves(asked, seed)
         pairs = [
             _halves(c, seed) if c.stimuli.n_scenarios >= 2 * FEWEST_SCENARIOS else (c, c) for c in around
         ]
@@ -262,11 +262,12 @@ def build_phantom(
     # What is not said is missing at the head, at no block.
     at = place if family in NEED_CONCEPT and family != "unsaid" else None
     truth = measure_truth(
-        pair, family, asked, around, at, keep if family in (*KEEPING, "erased") else None, seed
+        pair, family, fresh, around, at, keep if family in (*KEEPING, "erased") else None, seed
     )
-    if fitted is not asked and fitted is not None:
-        truth["n_scenarios_fitted"] = fitted.stimuli.n_scenarios
-    return _write(out, made, _framed(family, tokenizer), truth, asked if fitted is not asked else None)
+    if fitted is None or fitted is fresh:
+        return _write(out, made, _framed(family, tokenizer), truth)
+    truth["n_scenarios_fitted"] = fitted.stimuli.n_scenarios
+    return _write(out, made, _framed(family, tokenizer), truth, fresh)
 
 
 def _halves(concept: Concept, seed: int) -> tuple[Concept, Concept]:

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from empathy_probes.attenuation import Finding, Measurement
-from empathy_probes.contrasts import Contrast, log_keep_interval
-from empathy_probes.controls import LEAST, pool_controls
+from empathy_probes.contrasts import Contrast
+from empathy_probes.controls import LEAST, nearest_to_no_change, pool_controls
 from empathy_probes.decisions import FEWEST_CONTROLS
 from empathy_probes.stats import critical_t
 
@@ -75,6 +75,7 @@ def _row(targets: Sequence[Contrast], controls: Mean) -> dict[str, Any]:
     flags += ["single_concept"] if mean.count == 1 else []
     flags += ["at_least"] if mean.at_least else []
     row |= _interval("attenuation", mean.value, mean.variance, mean.count - 1.0, mean.at_least)
+    flags += ["control_lost"] if controls.at_least else []
     if controls.count >= FEWEST_CONTROLS:
         both = mean.variance + controls.variance
         shared = sum(error * controls.errors.get(key, 0.0) for key, error in mean.errors.items())
@@ -141,8 +142,7 @@ def _average(c: Contrast) -> _Average | None:
     if not carried.any():
         return None
     open_ = carried & np.isnan(c.theta)
-    high = np.minimum(log_keep_interval(c, float(critical_t(c.n - 1)))[1], 0)
-    theta = np.where(open_, np.maximum(high, np.log(0.01)), c.theta)
+    theta = np.where(open_, nearest_to_no_change(c), c.theta)
     # That end is beyond its error already, and near 0 the logarithm has no derivative.
     influence = np.where(open_[:, None], 0.0, c.influence)
     errors = influence[carried].mean(0) / np.sqrt(c.n * (c.n - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from empathy_probes import phantoms
+from empathy_probes import cli, phantoms
 from empathy_probes.attenuation import Finding, measure_attenuation
 from empathy_probes.concepts import Concept, load_concept_file
 from empathy_probes.errors import InputError
@@ -289,3 +290,21 @@ def test_a_share_that_has_no_part_in_a_family_is_named(
         )
         assert json.loads((out / "truth.json").read_text())["keep_intended"] == 0
         assert ("keep got 0.5 and has no part in 'erased'" in caplog.text) == (keep == 0.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "truth", "expected"),
+    [
+        ("planted", {"concept": "valence", "n_scenarios_fitted": 40}, "--stimuli 'a b/valence.jsonl'"),
+        ("unsaid", {"concept": "valence", "n_scenarios_fitted": 40},
+         "--stimuli 'a b/valence.jsonl' --stages encode,use,express"),
+        ("identical", {"concept": None}, "--concepts valence --allow-identical"),
+        ("rotated", {"concept": None}, "--concepts valence"),
+    ],
+)  # fmt: skip
+def test_the_command_to_try_finds_what_the_family_plants(
+    family: str, truth: dict[str, Any], expected: str
+) -> None:
+    args = argparse.Namespace(family=family, stimuli=None, concept="valence")
+    said = cli._trial(args, Path("a b"), truth)
+    assert said == f"empathy-probes compare 'a b/base' 'a b/aligned' {expected}"

@@ -110,6 +110,7 @@ def test_what_is_lost_at_some_blocks_is_not_averaged_over_those_that_survived() 
     assert row["attenuation_lower"] > 0.3
     alone = _row(found[3:] * 2, _mean([]))
     assert 0.4 < alone["attenuation"] < 0.7 and "at_least" not in alone["flags"]
+    assert "control_lost" in _row(found[3:], _mean(found[:3]))["flags"]
 
 
 def test_one_concept_has_a_mean_and_no_interval_and_few_controls_no_specific() -> None:
