@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from threadpoolctl import threadpool_info
 
@@ -669,3 +671,21 @@ def test_raw_units_call_a_change_of_scale_a_change_of_strength(population: Popul
     with_rms = redraw(whole, 60, 3).curves[:, 0, 0, CURVES.index("attenuation"), 0]
     without = redraw(in_raw_units(whole), 60, 3).curves[:, 0, 0, CURVES.index("attenuation"), 0]
     assert abs(with_rms).max() < 0.3 and without.max() < -1
+
+
+def test_the_page_has_the_numbers_of_the_shipped_card(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every table that the script prints stands in docs/scorecard, and the files beside it are the shipped card's rows."""
+    root = Path(__file__).parents[1]
+    monkeypatch.setattr("sys.argv", ["scorecard_tables.py"])
+    runpy.run_path(str(root / "scripts" / "scorecard_tables.py"), run_name="__main__")
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    page = (root / "docs" / "scorecard" / "README.md").read_text(encoding="utf8").splitlines()
+    assert len(printed) > 50 and not [line for line in printed if line not in page]
+    whole = load_scorecard().to_frame()
+    said = whole[whole["metric"].str.startswith(("says_", "verdict_"))]
+    for frame, name in ((whole, "scorecard.csv"), (said, "rehearsals.csv")):
+        table = pd.read_csv(root / "docs" / "scorecard" / name, keep_default_na=False)
+        assert list(table["metric"]) == list(frame["metric"])
+        np.testing.assert_allclose(table["value"], frame["value"], rtol=1e-5)

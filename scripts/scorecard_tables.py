@@ -1,0 +1,137 @@
+"""Print the tables of docs/scorecard/README.md from a scorecard.
+
+    python scripts/scorecard_tables.py [FOLDER]
+
+FOLDER is what `empathy-probes calibrate --out` wrote; without it, the scorecard shipped with the package is read.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+
+import pandas as pd
+
+from empathy_probes import load_scorecard
+from empathy_probes.calibration import MEASURED_UP_TO, SIZES
+
+# Line of the table, metric, families (a pattern; judged cells only, where it is blank), target.
+ABOUT_STRENGTH = (
+    ("coverage, strength of the base", "coverage_base", "", ".92–.98"),
+    ("coverage, strength of the aligned model", "coverage_aligned", "", ".92–.98"),
+    ("coverage, difference", "coverage_difference", "", ".92–.98"),
+    ("coverage, attenuation", "coverage_attenuation", "", ".92–.98"),
+    ("coverage, specific", "coverage_specific", "", "≥ .92"),
+    ("coverage, band of all targets and blocks", "coverage_band", "", "≥ .95"),
+    ("bias of attenuation (planted, local, rerouted)", "bias", "", "± .03"),
+    ("false alarm", "false_alarm", "", "≤ .05"),
+    ("decided, keep .25", "decided", r"planted 0\.25", "≥ .90"),
+    ("equivalent (identical, rotated, rescaled, unsaid)", "equivalent", "", "≥ .95"),
+    ("onset set holds the truth", "onset_contains", "", "≥ .95"),
+    ("size of the onset set, of 6", "onset_size", ".*", "≤ 3 at 100"),
+    ("minimum detectable attenuation (planted)", "minimum_detectable", "planted .*", "≤ .30 at 100"),
+    ("interval with two ends, keep ≥ ½ (all cells together)", "two_sided", "", "≥ .95"),
+)
+FURTHER = tuple(
+    (f"coverage, {words}", f"coverage_{measure}", "", ".92–.98")
+    for words, measure in (
+        ("AUROC of the base", "auroc_base"), ("AUROC of the aligned model", "auroc_aligned"),
+        ("difference of AUROCs", "auroc_difference"), ("attenuation of AUROC", "auroc_attenuation"),
+        ("bits of the base", "bits_base"), ("bits of the aligned model", "bits_aligned"),
+        ("difference of bits", "bits_difference"), ("attenuation of bits", "bits_attenuation"),
+        ("d′ of the base", "d_prime_base"), ("d′ of the aligned model", "d_prime_aligned"),
+        ("attenuation of d′", "d_prime_attenuation"), ("cosine", "cosine_aligned"),
+        ("cosine after the map", "cosine_mapped_aligned"),
+        ("transfer, base to aligned", "transfer_base_to_aligned_aligned"),
+        ("the same after the map", "transfer_base_to_aligned_mapped_aligned"),
+    )
+)  # fmt: skip
+ARCHITECTURES = {"llama": "Llama", "gpt2": "GPT-2"}
+ATTACKS = {
+    "shuffled labels": "labels shuffled: anything decided",
+    "another template frame": "the aligned model's texts in another template frame (equal weights; `template_shift`): anything decided",
+    "texts missing in one model": "1 to 9 texts missing in either model: refused",
+    "scenarios told five times, no cluster": "every scenario told five times, no `cluster`: coverage of attenuation",
+    "scenarios told five times, cluster given": "the same with `cluster`",
+}
+QUESTIONS = (
+    ("use", "use"), ("express", "express"), ("gain", "gain"), ("verdict", "verdict"),
+    ("transplant repairs", "base_into_aligned"), ("random one repairs nothing", "random_base_into_aligned"),
+)  # fmt: skip
+
+
+def number(value: float) -> str:
+    """Three places, without the zero before the point."""
+    text = f"{value:.3f}".replace("-", "−")
+    return text.removesuffix("0") if abs(value) >= 1 else re.sub(r"^(−?)0\.", r"\1.", text)
+
+
+def spread(values: pd.Series) -> str:
+    """Smallest, median and largest, or one number where all print alike."""
+    shown = [number(value) for value in (values.min(), values.median(), values.max())]
+    return shown[0] if len(set(shown)) == 1 else " ".join(shown)
+
+
+def table(head: list[str], lines: Iterator[list[str]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(head) + " |", "|" + "---|" * len(head), sep="\n")
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+    print()
+
+
+def cells(
+    frame: pd.DataFrame, metrics: tuple[tuple[str, str, str, str], ...], sizes: list[int]
+) -> Iterator[list[str]]:
+    for words, metric, families, target in metrics:
+        rows = frame[frame["metric"] == metric]
+        rows = rows[rows["family"].str.fullmatch(families)] if families else rows[rows["target"] != ""]
+        yield [words, *(spread(rows.loc[rows["n"] == n, "value"]) for n in sizes), target]
+
+
+def attacked(frame: pd.DataFrame) -> Iterator[list[str]]:
+    for family, words in ATTACKS.items():
+        rows = frame[frame["family"] == f"attack: {family}"].set_index("architecture")
+        yield [words, *(number(rows.loc[architecture, "value"]) for architecture in ARCHITECTURES)]
+
+
+def rehearsed(frame: pd.DataFrame) -> Iterator[list[str]]:
+    said = frame[frame["metric"].str.startswith("says_")]
+    for (family, architecture), rows in said.groupby(["family", "architecture"], sort=False):
+        line = [f"{family}, {ARCHITECTURES[architecture]}"]
+        for _, question in QUESTIONS:
+            found = rows[rows["metric"] == f"says_{question}"].sort_values("n")
+            line.append(", ".join(map(number, found["value"])) or "–")
+        yield line
+
+
+def main() -> None:
+    card = load_scorecard(*sys.argv[1:2])
+    frame = card.to_frame()
+    special = frame["family"].str.contains(":")
+    plain = frame[~special]
+    head = ["metric", *(f"n = {n}" for n in SIZES), "target"]
+    table(head, cells(plain, ABOUT_STRENGTH, list(SIZES)))
+    few = [n for n in SIZES if n <= MEASURED_UP_TO]
+    table(["metric", *(f"n = {n}" for n in few), "target"], cells(plain, FURTHER, few))
+    table(["attack", *ARCHITECTURES.values()], attacked(frame))
+    table(["pair (n = 40, n = 100)", *(words for words, _ in QUESTIONS)], rehearsed(frame))
+    names = {metric for _, metric, *_ in FURTHER}
+    about = {"of the further measures": plain["metric"].isin(names),
+             "of rehearsals": plain["metric"].str.startswith(("says_", "verdict_"))}  # fmt: skip
+    about["of strength and decisions"] = ~(about["of the further measures"] | about["of rehearsals"])
+    for words, which in about.items():
+        judged = plain[which & (plain["target"] != "")]
+        print(f"{int(judged['met'].astype(bool).sum())} of {len(judged)} targets {words} are met")
+    for row in frame[special].itertuples():
+        print(
+            f"{row.family}, {row.architecture}, n = {row.n}: {row.metric} {row.value:.3f} ({row.lower:.3f} to {row.upper:.3f})"
+        )
+    for row in card.missed:
+        print(f"not met: {row.family}, {row.architecture}, n = {row.n}: {row.metric} {row.value:.3f} "
+              f"({row.lower:.3f} to {row.upper:.3f}), target {row.target}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
