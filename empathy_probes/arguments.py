@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 from empathy_probes import __version__
 from empathy_probes.errors import InputError
 
+# Names given separated by commas, in one option or several.
+MANY: dict[str, Any] = {"action": "append", "default": []}
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse without the usage block: an error is one sentence."""
@@ -157,9 +160,8 @@ def _add_compare(commands: Any, anywhere: argparse.ArgumentParser) -> None:
     )
     compare.add_argument("base", metavar="BASE")
     compare.add_argument("aligned", metavar="ALIGNED", nargs="?", help="may be left out with --adapter")
-    many: dict[str, Any] = {"action": "append", "default": []}
     compare.add_argument(
-        "--concepts", **many, help="shipped concepts, comma-separated (default: all targets)"
+        "--concepts", **MANY, help="shipped concepts, comma-separated (default: all targets)"
     )
     compare.add_argument(
         "--stimuli",
@@ -169,13 +171,13 @@ def _add_compare(commands: Any, anywhere: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="stimuli files of your own, or public corpora as FORMAT:PATH",
     )
-    compare.add_argument("--controls", **many, help="names, files or FORMAT:PATH, comma-separated, or none")
+    compare.add_argument("--controls", **MANY, help="names, files or FORMAT:PATH, comma-separated, or none")
     compare.add_argument(
         "--template", default="both", choices=("raw", "shared", "own", "both"), help="default %(default)s"
     )
-    compare.add_argument("--sites", **many, help="comma-separated, such as resid_post,mlp_out")
+    compare.add_argument("--sites", **MANY, help="comma-separated, such as resid_post,mlp_out")
     compare.add_argument("--layers", default="all", help="all, 0,5,11 or 2-5 (block indices)")
-    compare.add_argument("--stages", **many, help="comma-separated: encode,use,express (default encode)")
+    compare.add_argument("--stages", **MANY, help="comma-separated: encode,use,express (default encode)")
     compare.add_argument("--readout", metavar="FILE", help="JSON: what is asked, for all or per concept")
     compare.add_argument(
         "--margin",
@@ -213,6 +215,10 @@ def _add_phantom(commands: Any, anywhere: argparse.ArgumentParser) -> None:
     phantom.add_argument("--layer", type=int, help="0-based block (default: the middle one)")
     phantom.add_argument("--through", type=int, help="last block of scaled_writes (default: the last one)")
     phantom.add_argument("--keep", type=float, help="what is left of it (default 0.25)")
+    phantom.add_argument(
+        "--others", **MANY, metavar="NAMES",
+        help="shipped concepts to leave alone and to measure, comma-separated, or none (default: all; fewer are sooner done)",
+    )  # fmt: skip
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
     phantom.add_argument("--json", action="store_true", help="print the truth as JSON")

@@ -5,6 +5,7 @@ Weights are read as numbers only, from safetensors or a pickle that may hold not
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -82,6 +83,7 @@ def load_pretrained(
                 f"'{path}' is no checkpoint folder: got no config.json in it, expected config.json, weights and "
                 "tokenizer files; check the path"
             )
+        _check_config(folder / "config.json")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
         raise InputError(f"no model at '{path}': no such folder, and no hub id has this form; check the path")
     from transformers import AutoModelForCausalLM
@@ -115,6 +117,21 @@ def load_pretrained(
             f"{sorted(report['missing_keys'])[0]}, expected all of its model's; fetch the checkpoint again"
         )
     return hf_model, tokenizer
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a damaged config.json by its name: the first to read it is the tokenizer, which would be blamed."""
+    try:
+        got = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        why = first_line(error)
+    else:
+        if isinstance(got, dict):
+            return
+        why = f"got a {type(got).__name__}"
+    raise InputError(
+        f"'{path}' is no model configuration ({why}): expected a JSON object; fetch the checkpoint again"
+    )
 
 
 def with_adapter(hf_model: Any, adapter: str | Path) -> Any:

@@ -68,6 +68,14 @@ def _split(values: Sequence[str], option: str) -> tuple[str, ...]:
     return parts
 
 
+def _names(values: Sequence[str], option: str) -> tuple[str, ...] | None:
+    """Names, no name at all where `none` is said, or None where nothing is."""
+    names = _split(values, option)
+    if "none" in names and len(names) > 1:
+        raise InputError(f"{option} got none beside names, expected either; drop one of them")
+    return () if names == ("none",) else names or None
+
+
 def _demo(args: argparse.Namespace) -> int:
     from empathy_probes.design import Settings, design_study
     from empathy_probes.grammar import neutral_texts
@@ -89,16 +97,14 @@ def _demo(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from empathy_probes.specs import StudySpec
 
-    controls = _split(args.controls, "--controls")
-    if "none" in controls and len(controls) > 1:
-        raise InputError("--controls got none beside names, expected either; drop one of them")
+    controls = _names(args.controls, "--controls")
     if args.aligned is None and args.adapter is None:
         raise InputError(
             "compare got one model, expected BASE and ALIGNED, or --adapter with BASE; name the other"
         )
     spec = StudySpec(
         base=args.base, aligned=args.aligned, adapter=args.adapter, concepts=_split(args.concepts, "--concepts"),
-        stimuli=tuple(args.stimuli), controls=() if controls == ("none",) else controls or None,
+        stimuli=tuple(args.stimuli), controls=controls,
         template=args.template, sites=_split(args.sites, "--sites") or ("resid_post",), layers=args.layers,
         stages=_split(args.stages, "--stages") or ("encode",), readout=args.readout, margin=args.margin,
         draws=args.draws, seed=args.seed, dtype=args.dtype, device=args.device, allow_identical=args.allow_identical,
@@ -278,7 +284,7 @@ def _phantom(args: argparse.Namespace) -> int:
         concept = found[0]
     out = build_phantom(
         args.model, family=args.family, concept=concept, layer=args.layer, keep=args.keep, seed=args.seed, out=args.out,
-        through=args.through,
+        through=args.through, others=_names(args.others, "--others"),
     )  # fmt: skip
     truth = json.loads((out / "truth.json").read_text(encoding="utf8"))
     if args.json:

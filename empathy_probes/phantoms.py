@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 from empathy_probes.checkpoints import build_checkpoint, open_checkpoint, save_checkpoint
 from empathy_probes.concepts import Concept, load_concept, load_controls, load_targets, save_concept
@@ -197,7 +198,7 @@ def build_phantom(
     concept: Concept | str | None = None,
     layer: int | None = None,
     keep: float | None = None,
-    others: Sequence[Concept] | None = None,
+    others: Sequence[Concept | str] | None = None,
     seed: int = 0,
     through: int | None = None,
 ) -> Path:
@@ -211,7 +212,8 @@ def build_phantom(
             half of them, and the truth measured on the others, which are written beside it as `NAME.jsonl`.
         layer: 0-based block; the middle one by default, the last one for `unsaid`.
         keep: what is left of the concept there, 0 to 1; a quarter by default. Families that leave none, or all, take no notice.
-        others: concepts to leave alone; the other shipped ones by default. Halved likewise.
+        others: concepts to leave alone, or their names; the other shipped ones by default. Halved likewise. Every one of
+            them is measured: on a model of millions of parameters the fewer of them, the sooner.
         seed: of random choices.
         through: `scaled_writes` scales what the blocks from `layer` to this one write; to the last one by default.
 
@@ -226,7 +228,12 @@ def build_phantom(
     check_seed(seed)
     config, tensors, tokenizer = open_checkpoint(model)
     checkpoint = Checkpoint(config, tensors)
-    asked = load_concept(concept) if isinstance(concept, str) else concept
+    asked = _loaded(concept) if concept is not None else None
+    around = _others(asked) if others is None else [_loaded(c) for c in others]
+    if asked is not None and asked.name in [c.name for c in around]:
+        raise InputError(
+            f"others got '{asked.name}', expected concepts beside the one that is planted; leave it out"
+        )
     if keep and family in FAMILIES and family not in KEEPING:
         logger.warning(
             "keep got %g and has no part in '%s': 'planted' leaves a part of a concept", keep, family
@@ -244,7 +251,6 @@ def build_phantom(
     logger.info(
         "the twin is made, and measured on the texts of every concept: seconds to minutes on a small model"
     )
-    around = _others(asked) if others is None else list(others)
     store = open_store("memory://phantom")
     guards, fitted, fresh = [], asked, asked
     if family in NEED_CONCEPT and asked is not None:
@@ -268,6 +274,10 @@ def build_phantom(
         return _write(out, made, _framed(family, tokenizer), truth)
     truth["n_scenarios_fitted"] = fitted.stimuli.n_scenarios
     return _write(out, made, _framed(family, tokenizer), truth, fresh)
+
+
+def _loaded(concept: Concept | str) -> Concept:
+    return load_concept(concept) if isinstance(concept, str) else concept
 
 
 def _halves(concept: Concept, seed: int) -> tuple[Concept, Concept]:
@@ -314,7 +324,8 @@ def measure_truth(
     """
     curves: dict[str, dict[str, float | None]] = {}
     ends: dict[str, list[float | None]] = {}
-    for asked in (*([concept] if concept else []), *others):
+    asked_of = (*([concept] if concept else []), *others)
+    for asked in tqdm(asked_of, desc="concepts measured", unit="concept", leave=False, disable=None):
         if asked.stimuli.kind == "binary":
             curves[asked.name], found = _attenuation(pair, asked)
             ends = found if asked is concept else ends

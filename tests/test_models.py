@@ -276,13 +276,19 @@ def with_a_list_for_a_config(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
 
 
+def with_half_a_config(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text()[:20])
+
+
 @pytest.mark.parametrize(
     ("break_it", "expected"),
     [
         (without_a_tensor, "lacks 1 tensors, for example model.layers.1.mlp.up_proj.weight"),
         (cut_short, "cannot load a model"),
         (of_another_width, "cannot load a model"),
-        (with_a_list_for_a_config, "cannot load a tokenizer"),
+        (with_a_list_for_a_config, "config.json' is no model configuration .got a list"),
+        (with_half_a_config, "config.json' is no model configuration .Expecting value"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused_and_never_filled_with_noise(

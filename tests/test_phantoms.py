@@ -308,3 +308,24 @@ def test_the_command_to_try_finds_what_the_family_plants(
     args = argparse.Namespace(family=family, stimuli=None, concept="valence")
     said = cli._trial(args, Path("a b"), truth)
     assert said == f"empathy-probes compare 'a b/base' 'a b/aligned' {expected}"
+
+
+def test_others_are_named_and_never_the_planted_concept(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base = str(list_bases()["llama-0"] / "base")
+
+    def run(name: str, *options: str) -> int:
+        return cli.main(["phantom", base, "--out", str(tmp_path / name), "--json", *options])
+
+    assert run("two", "--family", "identical", "--others", "tense,number") == 0
+    assert list(json.loads(capsys.readouterr().out)["truth"]["other_concepts"]) == ["tense", "number"]
+    assert run("none", "--family", "identical", "--others", "none") == 0
+    assert json.loads(capsys.readouterr().out)["truth"]["other_concepts"] == {}
+    for others, sentence in (
+        ("valence", "others got 'valence'"),
+        ("joy", "unknown concept 'joy'"),
+        ("none,tense", "--others got none beside names"),
+    ):
+        assert run("x", "--family", "planted", "--concept", "valence", "--others", others) == 2
+        assert sentence in capsys.readouterr().err and not (tmp_path / "x").exists()
