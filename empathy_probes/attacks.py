@@ -17,10 +17,11 @@ from empathy_probes.auroc_intervals import auroc_interval
 from empathy_probes.errors import InputError
 from empathy_probes.grammar import stimuli_rows
 from empathy_probes.measurements import measure_concept
+from empathy_probes.metrics import Target
 from empathy_probes.nulls import direction_gaps
 from empathy_probes.probes import N_FOLDS, lexical_scores
 from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrasts_of, holds, redraw
-from empathy_probes.scorecard import MADE_UP, TEXTS_ALONE, Row, Target, mean_row, proportion_row
+from empathy_probes.scorecard import MADE_UP, TEXTS_ALONE, Row, mean_row, proportion_row
 from empathy_probes.secondary import Exhibit
 from empathy_probes.stats import critical_t, grouped_folds
 

@@ -14,8 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,100 +23,28 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from empathy_probes import __version__
-from empathy_probes.activations import Activations
 from empathy_probes.attacks import attack_rows, keyword_rows, null_rows
-from empathy_probes.concepts import Concept
-from empathy_probes.design import neutral_set
 from empathy_probes.errors import InputError, StoreError, check_seed
-from empathy_probes.extraction import extract
-from empathy_probes.grammar import CONTROLS, TARGETS, neutral_texts
-from empathy_probes.models import Model
-from empathy_probes.phantoms import load_phantom_concepts
-from empathy_probes.planting import READ_AT, has_twin, list_bases, open_twin
-from empathy_probes.prompts import render
-from empathy_probes.redraws import DRAWS, Outcomes, Population, redraw, sample_of
-from empathy_probes.rehearsals import Rehearsal, rehearsal_rows, rehearse, speak
-from empathy_probes.scorecard import COVERAGE, EXACT, Case, Row, Scorecard, cell_family, proportion_row, score
-from empathy_probes.secondary import MEASURES, Exhibit, Readings, proportions, read_redraws
-from empathy_probes.store import Store, digest_of, load_record, open_store, save_record, write_file
+from empathy_probes.metrics import COVERAGE, EXACT, Case
+from empathy_probes.planting import has_twin, list_bases
+from empathy_probes.populations import Options, Twin, exhibit, population, rehearsal
+from empathy_probes.redraws import DRAWS, Outcomes, redraw
+from empathy_probes.rehearsals import rehearsal_rows, speak
+from empathy_probes.scorecard import Row, Scorecard, cell_family, proportion_row, score
+from empathy_probes.secondary import MEASURES, Readings, proportions, read_redraws
+from empathy_probes.store import digest_of, load_record, open_store, save_record, write_file
 
 logger = logging.getLogger(__name__)
-SIZES = (40, 100, 300)
 QUICK_SIZES = (40, 100)
-
-
-@dataclass(frozen=True)
-class Twin:
-    """One pair of the scorecard."""
-
-    base: str
-    """Name of the phantom base, such as llama-0."""
-    family: str
-    concept: str | None = None
-    layer: int | None = None
-    keep: float | None = None
-
-    @property
-    def architecture(self) -> str:
-        """What kind of model the base is."""
-        return self.base.rsplit("-", 1)[0]
-
-    @property
-    def samples(self) -> int:
-        """Added to the seed of its samples: redraws of two bases, counted together, must be of other scenarios."""
-        return 10_000 * int(self.base.rsplit("-", 1)[1])
-
-    @property
-    def read(self) -> str:
-        """Word at which its texts are read, if not at their end."""
-        return READ_AT.get(self.family, "")
-
-    @property
-    def noise(self) -> float:
-        """Factor of nuisance and doubt: a word before the end carries a fifth as much of a concept (docs/scorecard)."""
-        return 0.2 if self.read else 1.0
-
-    @property
-    def key(self) -> str:
-        """Names its files."""
-        parts = [self.base, self.family, self.concept, self.layer, self.keep]
-        return "_".join(str(part) for part in parts if part is not None)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides a scorecard's numbers, besides the weights."""
-
-    twins: tuple[Twin, ...]
-    sizes: tuple[int, ...] = SIZES
-    population: int = 1500
-    """Scenarios of the concept a twin is about (or of the first target) that samples are drawn from."""
-    others: int = 640
-    """Scenarios of every other concept."""
-    redraws: int = 1000
-    """Per cell, shared out among its twins; fewer in proportion where n is over 100, at equal cost."""
-    nuisance: float = 0.5
-    """Probability that anything else differs between the two texts of a scenario."""
-    doubt: float = 0.2
-    """Probability that a text shows a label drawn at random."""
-    seed: int = 0
-    attack_redraws: int = 0
-    """Per attack and ablation; none for a quick scorecard."""
-    measure_redraws: int = 0
-    """Of the secondary measures, per cell and n up to 100; none for a quick scorecard."""
-    rehearsal_redraws: int = 0
-    """Of whole studies with all stages, per twin of `REHEARSED` and n up to 100; none for a quick scorecard."""
-    rehearsal_population: int = 200
-    """Scenarios of the concept and of each control that these are drawn from."""
-
-
+ATTACKED = 100
+"""Scenarios of every attack."""
+MEASURED_UP_TO = 100
+"""Largest sample of the secondary measures: their nested probes cost a second and more beyond."""
 # What is planted in every base: concept, block, what is kept.
 PLANTED = (
     ("valence", 3, 0.25), ("valence", 1, 0.5), ("valence", 2, 0.75), ("distance", 1, 0.25), ("distance", 3, 0.5),
     ("conflict", 2, 0.25), ("conflict", 4, 0.5),
 )  # fmt: skip
-
-
 # Twins about which whole studies are held: of `full_twins`, those of the first target at its first place.
 REHEARSED = ("identical", "rotated", "planted", "erased", "local", "rerouted", "unread", "unsaid")
 
@@ -132,6 +59,14 @@ def full_twins(bases: Sequence[str]) -> tuple[Twin, ...]:
         twins += [Twin(base, "erased", "valence", 2, 0.0), Twin(base, "erased", "distance", 3, 0.0)]
         twins += [Twin(base, "local", "valence", 3, 0.25), Twin(base, "rerouted", "valence", 2, 0.25)]
         twins += [Twin(base, "unread", "valence", 1), Twin(base, "unsaid", "valence")]
+    return tuple(twins)
+
+
+def quick_twins(bases: Sequence[str]) -> tuple[Twin, ...]:
+    """A few families of every base."""
+    twins = []
+    for base in bases:
+        twins += [Twin(base, "rotated"), Twin(base, "rescaled"), Twin(base, "planted", "valence", 3, 0.25)]
     return tuple(twins)
 
 
@@ -288,7 +223,7 @@ def _run_twin(twin: Twin, redraws: int, options: Options, out: Path, phantoms: s
             save_record(read_redraws(shown, n, many, options.seed + twin.samples), path)
     path = _rehearsal_part(out, twin)
     if _is_rehearsed(twin, options) and not path.is_file():
-        held = _hold(twin, options, phantoms)
+        held = rehearsal(twin, options, phantoms)
         spoken = {
             n: speak(held, n, options.rehearsal_redraws, options.seed + twin.samples) for n in QUICK_SIZES
         }
@@ -303,20 +238,6 @@ def _is_rehearsed(twin: Twin, options: Options) -> bool:
 
 def _rehearsal_part(out: Path, twin: Twin) -> Path:
     return out / "parts" / f"{twin.key}_rehearsal.json"
-
-
-def _hold(twin: Twin, options: Options, phantoms: str | Path | None) -> Rehearsal:
-    pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
-    names = (twin.concept or TARGETS[0], *CONTROLS)
-    (target,), controls = load_phantom_concepts(
-        options.rehearsal_population, *_drawn(twin, options), names, twin.read
-    )
-    store = open_store(f"memory://rehearsal/{twin.key}/{os.getpid()}")
-    layer = pair.base.n_layers // 2 if twin.layer is None else twin.layer
-    neutral = neutral_texts(REHEARSED_NEUTRAL, options.seed + POPULATION_SEED)
-    held = rehearse(pair, target, controls, neutral, store, sorted({1, layer}))
-    store.clear()
-    return held
 
 
 def _rehearsed(options: Options, out: Path) -> list[Row]:
@@ -335,96 +256,6 @@ def _rehearsed(options: Options, out: Path) -> list[Row]:
         }
         rows += rehearsal_rows(cell, found[0][0].layer, pooled)
     return rows
-
-
-def exhibit(
-    twin: Twin, options: Options, phantoms: str | Path | None = None, bases: Store | None = None
-) -> Exhibit:
-    """The concept a twin is about (or the first target) at the block it is planted in (or the middle one)."""
-    pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
-    layer = pair.base.n_layers // 2 if twin.layer is None else twin.layer
-    drawn, names = _drawn(twin, options), (twin.concept or TARGETS[0],)
-    concept = _concepts(options.population, *drawn, names, twin.read)[0][0]
-    neutral = neutral_set(neutral_texts(NEUTRAL_POPULATION, drawn[0]), concept)
-    base, aligned = (
-        [_acts(model, asked, (layer,), twin.key, kept) for asked in (concept, neutral)]
-        for model, kept in ((pair.base, bases), (pair.aligned, None))
-    )
-    texts, others = zip(base, aligned, strict=True)
-    return Exhibit(concept, texts, others, pair.identical)
-
-
-def _drawn(twin: Twin, options: Options) -> tuple[int, float, float]:
-    """Seed, nuisance and doubt of its texts."""
-    return options.seed + POPULATION_SEED, options.nuisance * twin.noise, options.doubt * twin.noise
-
-
-# Most twins of a run read the same texts.
-_concepts = lru_cache(maxsize=8)(load_phantom_concepts)
-
-
-def _acts(
-    model: Model, concept: Concept, layers: tuple[int, ...], key: str, kept: Store | None = None
-) -> Activations:
-    # A twin's activations are used once, and held in memory only as long as that; `kept` holds those of the bases.
-    store = kept or open_store(f"memory://calibration/{key}/{os.getpid()}")
-    prompts = render(model.tokenizer, concept.stimuli, "raw", concept.speaker)
-    acts = extract(model, prompts, ("resid_post",), layers, store)["resid_post"]
-    if kept is None:
-        store.clear()
-    return acts
-
-
-def population(
-    twin: Twin,
-    options: Options,
-    phantoms: str | Path | None = None,
-    frame: str = "",
-    bases: Store | None = None,
-) -> Population:
-    """Run all scenarios of every concept of the grammar through both models of a twin.
-
-    `frame` is put before every text that the aligned model reads; `bases` keeps what a base computes for its other twins.
-    """
-    pair = open_twin(list_bases(phantoms)[twin.base], twin.family, twin.concept, twin.layer, twin.keep)
-    layers = tuple(range(pair.base.n_layers))
-    first = twin.concept or TARGETS[0]
-    # Where both models compute the same, truth is exact and nothing is gained by drawing from more.
-    many = options.others if twin.family in EXACT else options.population
-    drawn = _drawn(twin, options)
-    targets, controls = _concepts(options.others, *drawn, read=twin.read)
-    if many > options.others:
-        more = _concepts(many, *drawn, (first,), twin.read)
-        targets = tuple(more[0][0] if concept.name == first else concept for concept in targets)
-    samples = []
-    for concept in (*targets, *controls):
-        acts = []
-        for model in pair.models:
-            asked = concept
-            if frame and model is pair.aligned:
-                framed = tuple(replace(item, text=frame + item.text) for item in concept.stimuli.items)
-                asked = replace(concept, stimuli=replace(concept.stimuli, items=framed))
-            acts.append(_acts(model, asked, layers, twin.key, bases if model is pair.base else None))
-        samples.append(sample_of(concept, acts))
-    return Population(layers, tuple(samples), pair.identical and not frame)
-
-
-POPULATION_SEED = 50_000
-"""Keeps the scenarios apart from those that twins are made with and from those of truth.json."""
-NEUTRAL_POPULATION = 4000
-REHEARSED_NEUTRAL = 320
-ATTACKED = 100
-"""Scenarios of every attack."""
-MEASURED_UP_TO = 100
-"""Largest sample of the secondary measures: their nested probes cost a second and more beyond."""
-
-
-def quick_twins(bases: Sequence[str]) -> tuple[Twin, ...]:
-    """A few families of every base."""
-    twins = []
-    for base in bases:
-        twins += [Twin(base, "rotated"), Twin(base, "rescaled"), Twin(base, "planted", "valence", 3, 0.25)]
-    return tuple(twins)
 
 
 def _share(twin: Twin, options: Options) -> int:

@@ -23,11 +23,12 @@ from empathy_probes.expression import Coupling, couple
 from empathy_probes.extraction import extract
 from empathy_probes.gains import Gain
 from empathy_probes.ledger import encoded_overall
+from empathy_probes.metrics import Target
 from empathy_probes.pairs import ModelPair
 from empathy_probes.prompts import render
 from empathy_probes.readouts import with_readout
 from empathy_probes.redraws import Population, check_size, contrasts_of, sample_of
-from empathy_probes.scorecard import VERDICT_SAID, Row, Target, proportion_row
+from empathy_probes.scorecard import VERDICT_SAID, Row, proportion_row
 from empathy_probes.steering import dose_response_design
 from empathy_probes.stitching import Stitching, stitch_design
 from empathy_probes.store import Store

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from empathy_probes import plots, tables, wording
 from empathy_probes.drawing import svg
 from empathy_probes.effects import EFFECTS, effect_section
+from empathy_probes.metrics import describe_metric
 from empathy_probes.pages import (
     Picture,
     Section,
@@ -32,7 +33,7 @@ from empathy_probes.pages import (
     slug,
     template_text,
 )
-from empathy_probes.scorecard import describe_metric, load_scorecard
+from empathy_probes.scorecard import load_scorecard
 from empathy_probes.store import write_file
 
 

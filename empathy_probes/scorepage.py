@@ -16,8 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from empathy_probes.drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, settings, svg
+from empathy_probes.metrics import METRIC_WORDS
 from empathy_probes.pages import environment, image_uri, script_hash, template_text
-from empathy_probes.scorecard import METRIC_WORDS, Row, Scorecard
+from empathy_probes.scorecard import Row, Scorecard
 from empathy_probes.store import write_file
 from empathy_probes.tables import Cell
 from empathy_probes.wording import BLANK

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import pandas as pd
 
 from empathy_probes import load_scorecard
-from empathy_probes.calibration import MEASURED_UP_TO, SIZES
+from empathy_probes.calibration import MEASURED_UP_TO
+from empathy_probes.populations import SIZES
 
 # Line of the table, metric, families (a pattern; judged cells only, where it is blank), target.
 ABOUT_STRENGTH = (

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from empathy_probes.calibration import Options, Twin, _rehearsed
+from empathy_probes.calibration import _rehearsed
 from empathy_probes.contrasts import LayerSet
 from empathy_probes.errors import InputError
 from empathy_probes.grammar import CONTROLS, neutral_texts
 from empathy_probes.phantoms import load_phantom, load_phantom_concepts
+from empathy_probes.populations import Options, Twin
 from empathy_probes.rehearsals import (
     Rehearsal,
     expected_words,

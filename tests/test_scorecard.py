@@ -28,24 +28,16 @@ from empathy_probes.attacks import (
     null_rows,
     shuffled_labels,
 )
-from empathy_probes.calibration import Options, Twin, calibrate, full_twins, run_calibration
+from empathy_probes.calibration import calibrate, full_twins, run_calibration
 from empathy_probes.errors import InputError
 from empathy_probes.kernels import strength_kernels, u_statistic
 from empathy_probes.measurements import measure_concept
+from empathy_probes.metrics import METRIC_WORDS, METRICS, Case, Target
 from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import FAMILIES, TRAINED, list_bases
+from empathy_probes.populations import Options, Twin
 from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, holds, redraw
-from empathy_probes.scorecard import (
-    METRIC_WORDS,
-    METRICS,
-    Case,
-    Row,
-    Scorecard,
-    Target,
-    load_scorecard,
-    proportion_row,
-    score,
-)
+from empathy_probes.scorecard import Row, Scorecard, load_scorecard, proportion_row, score
 from empathy_probes.scorepage import render_scorecard, write_scorecard
 from empathy_probes.secondary import MEASURES, Exhibit, Readings, proportions, read_redraws
 from empathy_probes.stats import Estimate

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from empathy_probes.calibration import Options, Twin, exhibit
+from empathy_probes.populations import Options, Twin, exhibit
 from empathy_probes.secondary import MEASURES, Exhibit, proportions, read_redraws
 from empathy_probes.stats import binomial_interval, critical_t
 

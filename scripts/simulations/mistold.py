@@ -13,7 +13,7 @@ import numpy as np
 from measures import at_noise, samples, tabulate
 
 from empathy_probes.bits import LOSS, MISTOLD, bits, bits_covariance, bits_difference, cross_fitted_losses
-from empathy_probes.calibration import Twin
+from empathy_probes.populations import Twin
 from empathy_probes.redraws import holds
 from empathy_probes.stats import Curve, binomial_interval, critical_t, fieller_ratio
 

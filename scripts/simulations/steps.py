@@ -13,10 +13,10 @@ import numpy as np
 from measures import at_noise, samples, tabulate
 
 from empathy_probes.auroc import auroc, smooth_auroc
-from empathy_probes.calibration import Twin
 from empathy_probes.coding import contrast_codes
 from empathy_probes.jackknife import Jackknife
 from empathy_probes.leaving_out import leave_out
+from empathy_probes.populations import Twin
 from empathy_probes.probes import N_FOLDS, paired_scores
 from empathy_probes.stats import grouped_folds
 

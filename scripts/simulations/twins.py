@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from empathy_probes.calibration import PLANTED, Twin
+from empathy_probes.calibration import PLANTED
 from empathy_probes.extraction import extract
 from empathy_probes.phantoms import load_phantom_concepts
 from empathy_probes.planting import list_bases, open_twin
+from empathy_probes.populations import Twin
 from empathy_probes.prompts import render
 from empathy_probes.redraws import CACHED, CURVES, Population, Sample, contrasts_of, holds, sample_of
 from empathy_probes.stats import binomial_interval
