@@ -2,7 +2,7 @@
 
     python scripts/scorecard_tables.py [FOLDER]
 
-FOLDER is what `empathy-probes calibrate --out` wrote; without it, the scorecard shipped with the package is read.
+FOLDER is what a full `empathy-probes calibrate --out` wrote; without it, the scorecard shipped with the package is read.
 """
 
 from __future__ import annotations
