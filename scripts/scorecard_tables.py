@@ -27,7 +27,7 @@ ABOUT_STRENGTH = (
     ("coverage, band of all targets and blocks", "coverage_band", "", "≥ .95"),
     ("bias of attenuation (planted, local, rerouted)", "bias", "", "± .03"),
     ("false alarm", "false_alarm", "", "≤ .05"),
-    ("decided, keep .25", "decided", r"planted 0\.25", "≥ .90"),
+    ("decided, keep .25", "decided", r"planted 0\.25", "≥ .90 from 100"),
     ("equivalent (identical, rotated, rescaled, unsaid)", "equivalent", "", "≥ .95"),
     ("onset set holds the truth", "onset_contains", "", "≥ .95"),
     ("size of the onset set, of 6", "onset_size", ".*", "≤ 3 at 100"),
