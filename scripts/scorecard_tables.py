@@ -16,38 +16,37 @@ import pandas as pd
 from empathy_probes import load_scorecard
 from empathy_probes.calibration import MEASURED_UP_TO
 from empathy_probes.populations import SIZES
+from empathy_probes.secondary import MEASURES
 
-# Line of the table, metric, families (a pattern; judged cells only, where it is blank), target.
+# Line of the table, metric, families (a pattern; the judged cells, where it is blank).
 ABOUT_STRENGTH = (
-    ("coverage, strength of the base", "coverage_base", "", ".92–.98"),
-    ("coverage, strength of the aligned model", "coverage_aligned", "", ".92–.98"),
-    ("coverage, difference", "coverage_difference", "", ".92–.98"),
-    ("coverage, attenuation", "coverage_attenuation", "", ".92–.98"),
-    ("coverage, specific", "coverage_specific", "", "≥ .92"),
-    ("coverage, band of all targets and blocks", "coverage_band", "", "≥ .95"),
-    ("bias of attenuation (planted, local, rerouted)", "bias", "", "± .03"),
-    ("false alarm", "false_alarm", "", "≤ .05"),
-    ("decided, keep .25", "decided", r"planted 0\.25", "≥ .90 from 100"),
-    ("equivalent (identical, rotated, rescaled, unsaid)", "equivalent", "", "≥ .95"),
-    ("onset set holds the truth", "onset_contains", "", "≥ .95"),
-    ("size of the onset set, of 6", "onset_size", ".*", "≤ 3 at 100"),
-    ("minimum detectable attenuation (planted)", "minimum_detectable", "planted .*", "≤ .30 at 100"),
-    ("interval with two ends, keep ≥ ½ (all cells together)", "two_sided", "", "≥ .95"),
+    ("coverage, strength of the base", "coverage_base", ""),
+    ("coverage, strength of the aligned model", "coverage_aligned", ""),
+    ("coverage, difference", "coverage_difference", ""),
+    ("coverage, attenuation", "coverage_attenuation", ""),
+    ("coverage, specific", "coverage_specific", ""),
+    ("coverage, band of all targets and blocks", "coverage_band", ""),
+    ("bias of attenuation (planted, local, rerouted)", "bias", ""),
+    ("false alarm", "false_alarm", ""),
+    ("decided, keep .25", "decided", r"planted 0\.25"),
+    ("equivalent (identical, rotated, rescaled, unsaid)", "equivalent", ""),
+    ("onset set holds the truth", "onset_contains", ""),
+    ("size of the onset set, of 6", "onset_size", ".*"),
+    ("minimum detectable attenuation (planted)", "minimum_detectable", "planted .*"),
+    ("interval with two ends, keep ≥ ½ (all cells together)", "two_sided", ""),
 )
-FURTHER = tuple(
-    (f"coverage, {words}", f"coverage_{measure}", "", ".92–.98")
-    for words, measure in (
-        ("AUROC of the base", "auroc_base"), ("AUROC of the aligned model", "auroc_aligned"),
-        ("difference of AUROCs", "auroc_difference"), ("attenuation of AUROC", "auroc_attenuation"),
-        ("bits of the base", "bits_base"), ("bits of the aligned model", "bits_aligned"),
-        ("difference of bits", "bits_difference"), ("attenuation of bits", "bits_attenuation"),
-        ("d′ of the base", "d_prime_base"), ("d′ of the aligned model", "d_prime_aligned"),
-        ("attenuation of d′", "d_prime_attenuation"), ("cosine", "cosine_aligned"),
-        ("cosine after the map", "cosine_mapped_aligned"),
-        ("transfer, base to aligned", "transfer_base_to_aligned_aligned"),
-        ("the same after the map", "transfer_base_to_aligned_mapped_aligned"),
-    )
-)  # fmt: skip
+MEASURE_WORDS = {
+    ("auroc", "base"): "AUROC of the base", ("auroc", "aligned"): "AUROC of the aligned model",
+    ("auroc", "difference"): "difference of AUROCs", ("auroc", "attenuation"): "attenuation of AUROC",
+    ("bits", "base"): "bits of the base", ("bits", "aligned"): "bits of the aligned model",
+    ("bits", "difference"): "difference of bits", ("bits", "attenuation"): "attenuation of bits",
+    ("d_prime", "base"): "d′ of the base", ("d_prime", "aligned"): "d′ of the aligned model",
+    ("d_prime", "attenuation"): "attenuation of d′", ("cosine", "aligned"): "cosine",
+    ("cosine_mapped", "aligned"): "cosine after the map",
+    ("transfer_base_to_aligned", "aligned"): "transfer, base to aligned",
+    ("transfer_base_to_aligned_mapped", "aligned"): "the same after the map",
+}  # fmt: skip
+FURTHER = tuple((f"coverage, {MEASURE_WORDS[m]}", f"coverage_{m[0]}_{m[1]}", "") for m in MEASURES)
 ARCHITECTURES = {"llama": "Llama", "gpt2": "GPT-2"}
 ATTACKS = {
     "shuffled labels": "labels shuffled: anything decided",
@@ -82,13 +81,24 @@ def table(head: list[str], lines: Iterator[list[str]]) -> None:
     print()
 
 
+def target(rows: pd.DataFrame, sizes: list[int]) -> str:
+    """What the judged cells must be, and from which n, if not all are judged."""
+    judged = rows[rows["target"] != ""]
+    text = re.sub(r"\b0\.", ".", judged["target"].iloc[0]).replace(" to ", "–")
+    text = re.sub(r"^-(.+)–\1$", r"± \1", text)
+    least, *more = sorted(judged["n"].unique())
+    if 1 + len(more) == len(sizes):
+        return text
+    return f"{text} {'from' if more else 'at'} {least}"
+
+
 def cells(
-    frame: pd.DataFrame, metrics: tuple[tuple[str, str, str, str], ...], sizes: list[int]
+    frame: pd.DataFrame, metrics: tuple[tuple[str, str, str], ...], sizes: list[int]
 ) -> Iterator[list[str]]:
-    for words, metric, families, target in metrics:
+    for words, metric, families in metrics:
         rows = frame[frame["metric"] == metric]
         rows = rows[rows["family"].str.fullmatch(families)] if families else rows[rows["target"] != ""]
-        yield [words, *(spread(rows.loc[rows["n"] == n, "value"]) for n in sizes), target]
+        yield [words, *(spread(rows.loc[rows["n"] == n, "value"]) for n in sizes), target(rows, sizes)]
 
 
 def attacked(frame: pd.DataFrame) -> Iterator[list[str]]:
