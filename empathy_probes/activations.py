@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from empathy_probes.errors import InputError
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -26,7 +28,13 @@ class Activations:
     @property
     def normalised(self) -> Float[np.ndarray, "n layer d_model"]:
         """Activations in the units the next block reads: float64, centred where the model centres, over `rms`."""
-        return self._seen / self.rms[:, None]
+        rms = self.rms
+        for layer in np.array(self.layers)[rms == 0].tolist():
+            raise InputError(
+                f"'{self.model}' writes exactly 0 at {self.component} of layer {layer} for every text, expected activations: there is "
+                "nothing to measure; leave this layer or site out"
+            )
+        return self._seen / rms[:, None]
 
     @property
     def rms(self) -> Float[np.ndarray, " layer"]:

@@ -140,7 +140,8 @@ def dominant_direction(isotropic: bool, draws: int, seed: int) -> Float[np.ndarr
         x = rng.standard_normal((400, 1, 300)) * np.array([12.0, *np.ones(299)])
         d = rng.standard_normal((60, 1, 300)) * 0.3
         d[..., 0] += 3 + 6 * rng.standard_normal((60, 1))
-        observed, null = direction_gaps(d, x, draws=499, seed=draw, isotropic=isotropic)
+        units = [str(i) for i in range(60)]
+        observed, null = direction_gaps(d, x, units, draws=499, seed=draw, isotropic=isotropic)
         called.append(float((1 + (null[:, 0] >= observed[0]).sum()) / 500 < 0.05))
     return np.array(called)
 

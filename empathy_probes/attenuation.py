@@ -233,7 +233,7 @@ def load_finding(path: str | Path) -> Finding:
 def measure_attenuation(
     pair: ModelPair,
     concepts: Concept | Sequence[Concept],
-    controls: Sequence[Concept] = (),
+    controls: Concept | Sequence[Concept] = (),
     *,
     template: str = "both",
     sites: Sequence[str] = ("resid_post",),
@@ -263,9 +263,8 @@ def measure_attenuation(
     Raises:
         InputError: something cannot be measured; nothing has run then.
     """
-    targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
     design = design_study(
-        pair, targets, controls, template=template, sites=sites, layers=layers, neutral=neutral
+        pair, concepts, controls, template=template, sites=sites, layers=layers, neutral=neutral
     )
     return measure(design, Settings(margin=margin, draws=draws, seed=seed), open_store(store))
 
@@ -334,4 +333,4 @@ def _measurement_key(design: Design, concept: Concept, template: str, component:
     ]
     described = [concept.name, concept.role, concept.digest, template, component, seed, design.pair.identical]
     # Of one version too a store may hold older ones: the number goes up with what is in a `Measurement`.
-    return digest_of(["measurement", 7, __version__, read, described])
+    return digest_of(["measurement", 8, __version__, read, described])

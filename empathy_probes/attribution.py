@@ -59,7 +59,7 @@ STATE_BYTES = 1 << 28
 def attribute(
     pair: ModelPair,
     concepts: Concept | Sequence[Concept],
-    controls: Sequence[Concept] = (),
+    controls: Concept | Sequence[Concept] = (),
     *,
     template: str = "both",
     layer: int | None = None,
@@ -88,8 +88,7 @@ def attribute(
     Raises:
         InputError: writes do not add up in this architecture, or no concept has one direction.
     """
-    targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
-    design = design_study(pair, targets, controls, template=template, neutral=neutral)
+    design = design_study(pair, concepts, controls, template=template, neutral=neutral)
     return attribute_design(
         design, Settings(draws=draws, seed=seed), open_store(store), layer=layer, direction=direction,
         total_effects=total_effects,

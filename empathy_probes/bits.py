@@ -109,20 +109,21 @@ class _Classes:
         self,
         inner: Float[np.ndarray, "*batch train m"],
         train: Int[np.ndarray, " train"],
-        kept: Float[np.ndarray, "*#batch train"] | None = None,
+        weight: Float[np.ndarray, "*#batch train"],
         start: _Fitted | None = None,
         steps: int = 1,
     ) -> _Fitted:
-        """The map from inner out-of-fold scores of the training texts; of those `kept`, from where all of them lead."""
+        """The map from inner out-of-fold scores of the training texts, by their `weight`; of some, from where all of them lead."""
         if start is None:
             centre = inner.mean((-2, -1), keepdims=True)
             spread = np.maximum(inner.std((-2, -1), keepdims=True), 1e-12)
-            platt = _fit_platt((inner - centre) / spread, self.classes[..., train, :], self.allowed[train])
+            scores = (inner - centre) / spread
+            platt = _fit_platt(scores, self.classes[..., train, :], self.allowed[train], weight)
             return centre, spread, *platt
         # Scores keep their units, and from where all texts led one Newton step leads to where most of them do.
         centre, spread, *from_here = start
         scores = (inner - centre) / spread
-        again = _fit_platt(scores, self.classes[..., train, :], self.allowed[train], kept, from_here, steps)
+        again = _fit_platt(scores, self.classes[..., train, :], self.allowed[train], weight, from_here, steps)
         return centre, spread, *again
 
     def losses(
@@ -154,7 +155,7 @@ class _TwoClasses:
         self,
         inner: Float[np.ndarray, "*batch train 1"],
         train: Int[np.ndarray, " train"],
-        kept: Float[np.ndarray, "*#batch train"] | None = None,
+        weight: Float[np.ndarray, "*#batch train"],
         start: _Fitted | None = None,
         steps: int = 1,
     ) -> _Fitted:
@@ -162,9 +163,9 @@ class _TwoClasses:
         scores = inner[..., 0] - 0.5
         if start is None:
             spread = np.maximum(np.sqrt((scores**2).mean(-1, keepdims=True)), 1e-12)
-            return spread, *_fit_logistic(scores / spread, self.second[..., train])
+            return spread, *_fit_logistic(scores / spread, self.second[..., train], weight)
         spread, *from_here = start
-        return spread, *_fit_logistic(scores / spread, self.second[..., train], kept, from_here, steps)
+        return spread, *_fit_logistic(scores / spread, self.second[..., train], weight, from_here, steps)
 
     def losses(
         self, fitted: _Fitted, scores: Float[np.ndarray, "*batch rows 1"], rows: Int[np.ndarray, " rows"]
@@ -185,13 +186,13 @@ class _Grades:
         self,
         inner: Float[np.ndarray, "*batch train 1"],
         train: Int[np.ndarray, " train"],
-        kept: Float[np.ndarray, "*#batch train"] | None = None,
+        weight: Float[np.ndarray, "*#batch train"],
         start: _Fitted | None = None,
         steps: int = 1,
     ) -> _Fitted:
-        """The line through inner out-of-fold scores and grades of the training texts, or of those `kept`."""
+        """The line through inner out-of-fold scores and grades of the training texts, by their `weight`."""
         x, y = inner[..., 0], self.grades[train]
-        w = np.ones(x.shape) if kept is None else kept
+        w = np.broadcast_to(weight, x.shape)
         many = w.sum(-1, keepdims=True)
         centre, mean = ((w * values).sum(-1, keepdims=True) / many for values in (x, y))
         size = (w * (x - centre) ** 2).sum(-1, keepdims=True)
@@ -279,12 +280,13 @@ def _fold_losses(
     """
     train, test = probes[0][0].train, probes[0][0].test
     weight = left_out.share.sum(1)
+    counted = weight / weight.mean()
     inner = np.empty((len(probes), len(train), probes[0][0].scores.shape[1]))
     for k, (_, *nested) in enumerate(probes):
         for probe in nested:
             inner[k, np.searchsorted(train, probe.test)] = probe.scores
     read = np.stack([outer.scores for outer, *_ in probes])
-    fitted = judge.fit(inner, train)
+    fitted = judge.fit(inner, train, counted[train])
     losses = _mixed(judge.losses(fitted, read, test), judge.losses(fitted, inner, train) @ weight[train])
     start = tuple(value[:, None] for value in fitted)
 
@@ -299,7 +301,7 @@ def _fold_losses(
             read_moved[k] += moves(outer)
             for probe in nested:
                 inner_moved[k][:, np.searchsorted(train, probe.test)] += moves(probe)
-        fitted = judge.fit(inner_moved, train, kept[:, train], start, steps)
+        fitted = judge.fit(inner_moved, train, (kept * counted)[:, train], start, steps)
         weights = kept * weight
         badness = (judge.losses(fitted, inner_moved, train) * weights[:, train]).sum(-1)
         return (_mixed(judge.losses(fitted, read_moved, test), badness) * weights[:, test]).sum(-1)
@@ -355,14 +357,14 @@ def _fit_platt(
     scores: Float[np.ndarray, "*batch n m"],
     classes: Float[np.ndarray, "*set n m"],
     allowed: Bool[np.ndarray, "n m"],
-    kept: Float[np.ndarray, "*#batch n"] | None = None,
+    weight: Float[np.ndarray, "*#batch n"],
     start: Sequence[np.ndarray] | None = None,
     steps: int = 20,
 ) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch m"]]:
-    """Slope and intercepts by Newton's method on the penalised log-likelihood (convex) of all texts or those `kept`."""
+    """Slope and intercepts by Newton's method on the penalised log-likelihood (convex), texts by their `weight`."""
     m = scores.shape[-1]
     factor = (m - 1) / m
-    weight = np.ones(scores.shape[:-1])[..., None] if kept is None else kept[..., None]
+    weight = weight[..., None]
     theta = np.zeros((*scores.shape[:-2], 1 + m))
     if start is not None:
         theta += np.concatenate([start[0][..., None], start[1]], -1)
@@ -394,12 +396,11 @@ def _fit_platt(
 def _fit_logistic(
     scores: Float[np.ndarray, "*batch n"],
     labels: Float[np.ndarray, "*set n"],
-    kept: Float[np.ndarray, "*#batch n"] | None = None,
+    weight: Float[np.ndarray, "*#batch n"],
     start: Sequence[np.ndarray] | None = None,
     steps: int = 20,
 ) -> tuple[Float[np.ndarray, "*batch 1"], Float[np.ndarray, "*batch 1"]]:
     """`_fit_platt` of two classes: slope, and the difference of their intercepts."""
-    weight = np.ones(labels.shape) if kept is None else kept
     # Each of two intercepts is half of their difference: a prior of 1e-6 on both is one of half that on the difference.
     prior = 0.5e-6
     slope, intercept = (np.zeros((*scores.shape[:-1], 1)),) * 2 if start is None else start
@@ -419,18 +420,31 @@ def _fit_logistic(
     return slope, intercept
 
 
-def entropy(labels: Int[np.ndarray, " n"], given: Int[np.ndarray, " n"] | None = None) -> float:
-    """Bits that knowing the label is worth, to one who knows the coarse class where one is `given`."""
+def entropy(
+    labels: Int[np.ndarray, " n"], units: Sequence[str], given: Int[np.ndarray, " n"] | None = None
+) -> float:
+    """Bits that knowing the label is worth, to one who knows the coarse class where one is `given`; every unit counts once, as in losses."""
     if given is not None:
-        return entropy(np.unique(np.stack([given, labels]), axis=1, return_inverse=True)[1]) - entropy(given)
-    share = np.bincount(labels) / len(labels)
+        both = np.unique(np.stack([given, labels]), axis=1, return_inverse=True)[1].ravel()
+        return entropy(both, units) - entropy(given, units)
+    weight = unit_weights(units)
+    share = np.bincount(labels, weight) / weight.sum()
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 
 
-def grade_entropy(grades: Float[np.ndarray, " n"]) -> float:
-    """Differential entropy in bits of a normal distribution with the grades' variance."""
-    return float(np.log2(2 * np.pi * np.e * grades.var()) / 2)
+def grade_entropy(grades: Float[np.ndarray, " n"], units: Sequence[str]) -> float:
+    """Differential entropy in bits of a normal distribution with the grades' variance; every unit counts once."""
+    weight = unit_weights(units)
+    centred = grades - np.average(grades, weights=weight)
+    return float(np.log2(2 * np.pi * np.e * np.average(centred**2, weights=weight)) / 2)
+
+
+def unit_weights(units: Sequence[str]) -> Float[np.ndarray, " n"]:
+    """Weight of every text such that every unit counts once; their mean is 1."""
+    place, many = np.unique(units, return_inverse=True, return_counts=True)[1:]
+    weight = 1.0 / many[place]
+    return weight / weight.mean()
 
 
 def bits(losses: Float[np.ndarray, "what=4 layer unit"], label_entropy: float) -> Curve:

@@ -120,7 +120,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _run_spec(spec: StudySpec, args: argparse.Namespace) -> int:
-    from empathy_probes.design import Settings
     from empathy_probes.specs import default_out, describe_plan, resolve
     from empathy_probes.stages import plan_questions
     from empathy_probes.study import run_study
@@ -132,8 +131,7 @@ def _run_spec(spec: StudySpec, args: argparse.Namespace) -> int:
         print(json.dumps(plan, indent=1, ensure_ascii=False) if args.json else _plan_text(plan))
         return 0
     args.out = args.out or spec.out or default_out(spec)
-    settings = Settings(margin=spec.margin, draws=spec.draws, seed=spec.seed)
-    return _finish(run_study(design, settings, args.out, stages=spec.stages, store=spec.store), args)
+    return _finish(run_study(design, spec.settings, args.out, stages=spec.stages, store=spec.store), args)
 
 
 def _plan_text(plan: dict[str, Any]) -> str:

@@ -8,12 +8,13 @@ measured; every question is asked of the same design. Identical prompts in both 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from operator import index
+from typing import Any, Literal
 
 from empathy_probes.coding import categories
 from empathy_probes.concepts import Concept, load_neutral
-from empathy_probes.errors import InputError
+from empathy_probes.errors import InputError, check_seed
 from empathy_probes.extraction import check_prompts
 from empathy_probes.models import Model
 from empathy_probes.pairs import ModelPair
@@ -39,6 +40,27 @@ class Settings:
     """Multiplier draws behind every band."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse numbers outside their range.
+
+        Raises:
+            InputError: margin, draws or seed.
+        """
+        for name in ("margin", "specific_margin"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} got {getattr(self, name)}, expected a number between 0 and 1 such as 0.1; choose one"
+                )
+        if self.draws < 99:
+            raise InputError(
+                f"draws got {self.draws}, expected at least 99, better 999: p values resolve no finer; raise it"
+            )
+        if self.draws > 1_000_000:
+            raise InputError(
+                f"draws got {self.draws}, expected at most 1000000, which resolve p to 0.000001; lower it"
+            )
+        check_seed(self.seed)
+
 
 @dataclass(frozen=True)
 class Design:
@@ -62,8 +84,8 @@ class Design:
 
 def design_study(
     pair: ModelPair,
-    concepts: Sequence[Concept],
-    controls: Sequence[Concept] = (),
+    concepts: Concept | Sequence[Concept],
+    controls: Concept | Sequence[Concept] = (),
     *,
     template: str = "both",
     sites: Sequence[str] = ("resid_post",),
@@ -72,15 +94,17 @@ def design_study(
 ) -> Design:
     """Resolve templates, layers and prompts, and refuse everything that cannot be measured.
 
+    `concepts` are targets here and `controls` controls, whatever they are by themselves.
     `neutral` are texts of no concept, for the map between models and the covariance; the shipped ones by default.
 
     Raises:
         InputError: a concept, template, site, layer or text cannot be used; the message says which.
     """
-    everything = (*concepts, *controls)
+    targets = _in_role(concepts, "target")
+    everything = (*targets, *_in_role(controls, "control"))
     for concept in everything:
         _check_concept(concept, everything)
-    if not sites or not concepts:
+    if not sites or not targets:
         what = "concepts" if sites else "sites"
         raise InputError(f"{what} got an empty list, expected at least one; name one or leave the option out")
     for site in sites:
@@ -88,7 +112,7 @@ def design_study(
             raise InputError(
                 f"unknown site '{site}': expected one of {', '.join(COMPONENTS)}; name one of these"
             )
-    blocks = tuple(range(pair.base.n_layers)) if layers is None else tuple(sorted(set(layers)))
+    blocks = tuple(range(pair.base.n_layers)) if layers is None else _whole_numbers(layers)
     outside = [layer for layer in blocks if not 0 <= layer < pair.base.n_layers]
     if outside or not blocks:
         raise InputError(
@@ -122,20 +146,44 @@ def design_study(
     )
 
 
+def _in_role(
+    concepts: Concept | Sequence[Concept], role: Literal["target", "control"]
+) -> tuple[Concept, ...]:
+    found = (concepts,) if isinstance(concepts, Concept | str) else tuple(concepts)
+    for concept in found:
+        if not isinstance(concept, Concept):
+            raise InputError(
+                f"{role}s got {concept!r}, expected concepts; load each by load_concept or load_concept_file"
+            )
+    return tuple(replace(concept, role=role) for concept in found)
+
+
+def _whole_numbers(layers: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({index(layer) for layer in layers}))
+    except TypeError:
+        raise InputError(
+            f"layers got {layers!r}, expected block indices, whole numbers; give those"
+        ) from None
+
+
+READ = {"last": "last token", "span": "mean", "message": "last token of the text"}
+
+
 def neutral_name(concept: Concept) -> str:
     """Name of the neutral set that is read like this concept."""
-    return f"neutral ({'last token' if concept.stimuli.read_kind == 'last' else 'mean'}, {concept.speaker})"
+    return f"neutral ({READ[concept.stimuli.read_kind]}, {concept.speaker})"
 
 
 def neutral_set(texts: Sequence[str], concept: Concept) -> Concept:
     """Texts of no concept, read where this concept is read."""
-    last = concept.stimuli.read_kind == "last"
+    kind = concept.stimuli.read_kind
     items = tuple(
         Stimulus(id=f"neutral-{i}", scenario=f"neutral-{i}", messages=(), text=text, label=0.0, frame="", cluster="",
-                 read=None if last else text, readout=None)
+                 read={"last": None, "span": text, "message": 0}[kind], readout=None)
         for i, text in enumerate(texts)
     )  # fmt: skip
-    stimuli = StimulusSet(neutral_name(concept), items, "binary", "last" if last else "span")
+    stimuli = StimulusSet(neutral_name(concept), items, "binary", kind)
     return Concept(neutral_name(concept), "control", "", "", concept.speaker, "", stimuli)
 
 

@@ -160,7 +160,7 @@ def _part(curve: Curve, index: int | None = None) -> tuple[float, float, float]:
 def measure_coupling(
     pair: ModelPair,
     concepts: Concept | Sequence[Concept],
-    controls: Sequence[Concept] = (),
+    controls: Concept | Sequence[Concept] = (),
     *,
     template: str = "both",
     margin: float = 0.10,
@@ -183,8 +183,7 @@ def measure_coupling(
     Raises:
         InputError: no concept has a readout, or an answer cannot be asked.
     """
-    targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
-    design = design_study(pair, targets, controls, template=template)
+    design = design_study(pair, concepts, controls, template=template)
     return couple(design, Settings(margin=margin, draws=draws, seed=seed), open_store(store))
 
 

@@ -263,6 +263,11 @@ def percent(value: float | None) -> str:
     return f"{'−' if rounded < 0 else ''}{abs(rounded)} %"
 
 
+def layer_name(layer: Any) -> str:
+    """`block 3`, or the embedding."""
+    return "the embedding" if int(layer) < 0 else f"block {int(layer)}"
+
+
 def _named(layers: Sequence[int]) -> str:
     """Layers in words: 0, 2–5."""
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs_of(layers))
@@ -295,11 +300,13 @@ def _sentence(h: Headline, settings: Settings, shown: Sequence[int] | None, alon
             else f"Nothing can be said: no block has a usable comparison (n = {h.n_scenarios})."
         )
     if h.decision == "attenuated":
-        where = f"Attenuated by block {h.onset_upper}" if h.onset_upper is not None else "Attenuated"
+        where = f"Attenuated by {layer_name(h.onset_upper)}" if h.onset_upper is not None else "Attenuated"
         if h.onset_lower is not None and h.onset_lower != h.onset_upper:
-            where += f"; could begin as early as block {h.onset_lower}"
+            where += f"; could begin as early as {layer_name(h.onset_lower)}"
         peak = (
-            f" (it may be any from {h.peak_lower} to {h.peak_upper})" if h.peak_lower != h.peak_upper else ""
+            f" (it may be any from {layer_name(h.peak_lower)} to {layer_name(h.peak_upper)})"
+            if h.peak_lower != h.peak_upper
+            else ""
         )
         return f"{where}. Largest at block {h.layer}{peak}: {size} {against} ({band})."
     if h.decision == "amplified":

@@ -101,6 +101,7 @@ class Measurement:
     """D Dᵀ per model (base, aligned) and layer; float32, and every number is computed from these."""
     items: tuple[str, ...]
     item_units: tuple[str, ...]
+    item_scenarios: tuple[str, ...]
     labels: Float[np.ndarray, " item"]
     """0 and 1, grades, or places in `categories`."""
     scores: Float[np.ndarray, "model=2 layer contrast item"]
@@ -281,8 +282,10 @@ def measure_concept(
     # Equal weights may still have read other texts: each in its own chat template. Only equal states are read once.
     same_model = same_model and np.array_equal(acts[0].acts, acts[1].acts)
     sides = [0, 0] if same_model else [0, 1]
+    scenarios = [item.scenario for item in stimuli.items]
     read = [
-        permutation_null(normalised[i], codes, units, folds, null_draws, seed) for i in sorted(set(sides))
+        permutation_null(normalised[i], codes, units, scenarios, folds, null_draws, seed)
+        for i in sorted(set(sides))
     ]
     scores = np.stack([read[i][0] for i in sides])
     rms = np.stack([a.rms for a in acts])
@@ -296,6 +299,7 @@ def measure_concept(
         kernels=kernels,
         items=tuple(item.id for item in stimuli.items),
         item_units=tuple(units),
+        item_scenarios=tuple(scenarios),
         labels=labels,
         scores=scores,
         text_scores=text_scores,
@@ -376,7 +380,10 @@ def _views(
     sides = [0, 0] if same_model else [0, 1]
     random, whitened, losses, fine_losses = [], [], [], []
     for i in sorted(set(sides)):
-        gaps = [direction_gaps(d, neutral[i], null_draws, seed + c) for c, d in enumerate(differences[i])]
+        gaps = [
+            direction_gaps(d, neutral[i], stimuli.units, null_draws, seed, contrast=c)
+            for c, d in enumerate(differences[i])
+        ]
         observed, drawn = (np.mean(values, axis=0) for values in zip(*gaps, strict=True))
         random.append((1 + (drawn >= observed).sum(0)) / (len(drawn) + 1))
         whitened.append(np.mean([whitened_kernels(d, neutral[i]) for d in differences[i]], axis=0))

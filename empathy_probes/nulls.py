@@ -1,6 +1,8 @@
 """What chance gives: shuffled labels, and directions that have nothing to do with the concept.
 
-Labels are shuffled within scenarios, and the same cross-fitted probe is fitted to every shuffle: one factorisation per
+Labels are shuffled as the design varies them: within a scenario all texts of one label get another together, and so do all
+scenarios of a cluster. Each text by itself would give scenarios of several texts per label hardly any contrast, and chance would
+look smaller than it is. The same cross-fitted probe is fitted to every shuffle: one factorisation per
 fold and layer serves all of them. Random directions are drawn from the covariance of neutral texts, N(0, Sigma): a
 direction along which states vary much separates any two groups of texts more, and one drawn evenly from all
 directions (isotropic) hardly ever is such a direction, which makes it too easy to beat.
@@ -25,16 +27,29 @@ N_FOLDS = 5
 AT_ONCE = 50
 
 
-def shuffle_within(units: Sequence[str], draws: int, seed: int) -> Int[np.ndarray, "draws n"]:
-    """For every draw the text whose label each text gets: one of its own scenario's."""
-    rng = np.random.default_rng([seed, 7])
-    shuffled = np.tile(np.arange(len(units)), (draws, 1))
-    place: dict[str, list[int]] = {}
-    for i, unit in enumerate(units):
-        place.setdefault(unit, []).append(i)
-    for rows in place.values():
-        order = rng.random((draws, len(rows))).argsort(1)
-        shuffled[:, rows] = np.array(rows)[order]
+def shuffle_within(
+    units: Sequence[str],
+    scenarios: Sequence[str],
+    labels: Num[np.ndarray, " n"],
+    draws: int,
+    seed: int,
+) -> Int[np.ndarray, "draws n"]:
+    """For every draw the text whose label each text gets: one of its own scenario's, another one for each label.
+
+    All texts of a label move together, and likewise in all scenarios of a unit.
+    """
+    classes, place = np.unique(labels, return_inverse=True)
+    # Sorted, so that the order of texts does not matter.
+    names, member = np.unique(units, return_inverse=True)
+    keys = np.random.default_rng([seed, 7]).random((draws, len(names), len(classes)))
+    shuffled = np.empty((draws, len(place)), int)
+    rows_of: dict[str, list[int]] = {}
+    for i, scenario in enumerate(scenarios):
+        rows_of.setdefault(scenario, []).append(i)
+    for rows in map(np.array, rows_of.values()):
+        there, first, own = np.unique(place[rows], return_index=True, return_inverse=True)
+        order = keys[:, member[rows[0]], there].argsort(1)
+        shuffled[:, rows] = rows[first][order][:, own]
     return shuffled
 
 
@@ -42,6 +57,7 @@ def permutation_null(
     features: Float[np.ndarray, "n layer d"],
     labels: Num[np.ndarray, "contrast n"],
     units: Sequence[str],
+    scenarios: Sequence[str],
     folds: Int[np.ndarray, " n"],
     draws: int = DRAWS,
     seed: int = 0,
@@ -50,7 +66,10 @@ def permutation_null(
 
     The labels themselves and all their shuffles are read with one factorisation per fold and layer.
     """
-    order = shuffle_within(units, draws, seed)
+    # A code per contrast tells categories apart too.
+    order = shuffle_within(
+        units, scenarios, np.unique(labels, axis=1, return_inverse=True)[1].ravel(), draws, seed
+    )
     read = _aurocs if is_binary(labels) else correlation
     first, scores = shared_scores(features, features, (labels[0][order], labels), folds)
     others = (cross_fitted_scores(features, row[order], folds) for row in labels[1:])
@@ -92,9 +111,11 @@ def largest_p(
 def direction_gaps(
     differences: Float[np.ndarray, "unit layer d_model"],
     neutral: Float[np.ndarray, "m layer d_model"],
+    units: Sequence[str],
     draws: int = DRAWS,
     seed: int = 0,
     *,
+    contrast: int = 0,
     isotropic: bool = False,
 ) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, "draws layer"]]:
     """How far the labels lie apart along the concept's own direction, and along random ones.
@@ -104,14 +125,16 @@ def direction_gaps(
 
     Args:
         differences: label 1 minus label 0 per scenario.
-        neutral: states of neutral texts, same units.
+        neutral: states of neutral texts, in the same units.
+        units: names of the scenarios, by which they are folded.
         draws: random directions.
         seed: of directions and folds.
+        contrast: number of the contrast, of which each has directions of its own.
         isotropic: draw directions evenly instead of from the neutral covariance (to show what that does).
     """
-    n, n_layers, d = differences.shape
-    rng = np.random.default_rng([seed, 11])
-    folds = grouped_folds([str(i) for i in range(n)], N_FOLDS, seed)
+    _, n_layers, d = differences.shape
+    rng = np.random.default_rng([seed, 11, contrast])
+    folds = grouped_folds(units, N_FOLDS, seed)
     observed, null = np.zeros(n_layers), np.zeros((draws, n_layers))
     for i in range(n_layers):
         x = neutral[:, i].astype(float)

@@ -166,6 +166,8 @@ def _raw(item: Stimulus, stimuli: StimulusSet) -> tuple[str, tuple[int, int] | N
         start = item.text.index(str(item.read))
         first, last = _trimmed(str(item.read))
         return item.text, (start + first, start + last)
+    if stimuli.read_kind == "message" and not item.messages:
+        return item.text, (0, len(item.text))
     if stimuli.read_kind == "message":
         chosen = int(item.read or 0)
         start = sum(len(message.content) + 1 for message in item.messages[:chosen])
@@ -191,7 +193,7 @@ def _chat(
     if stimuli.read_kind == "last":
         return text, None
     if stimuli.read_kind == "message":
-        chosen = int(item.read or 0)
+        chosen = int(item.read or 0) if item.messages else last
         wanted = messages[chosen].content
     else:
         wanted = str(item.read)
@@ -294,10 +296,14 @@ def _positions(
     decoded = tokenizer.decode([ids[i] for i in covered]) if covered else ""
     # Tokens may carry a space or a piece of a neighbouring word: the span has to be inside, spaces aside. A text that is read
     # as a whole has no neighbours, and a tokenizer may write some of its words otherwise.
-    whole = item.read == item.text
+    whole = item.read == item.text or (not item.messages and stimuli.read_kind == "message")
     if not covered or (not whole and "".join(text[start:end].split()) not in "".join(decoded.split())):
         raise InputError(
             f"concept '{stimuli.concept}', item '{item.id}': the tokens of {text[start:end]!r} decode to {decoded!r}, "
             "expected the span itself; choose another span or read at 'last'"
         )
-    return covered[-1:] if stimuli.read_kind == "message" else covered
+    if stimuli.read_kind == "message":
+        return covered[-1:]
+    # The first token of a text is an attention sink in many models, as BOS is: tens of times as long as any other, it would
+    # be all that a mean over the span shows.
+    return covered[1:] if covered[0] == 0 and len(covered) > 1 else covered

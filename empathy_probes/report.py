@@ -17,6 +17,7 @@ from markupsafe import Markup
 from empathy_probes import plots, tables, wording
 from empathy_probes.drawing import svg
 from empathy_probes.effects import EFFECTS, effect_section
+from empathy_probes.ledger import layer_name
 from empathy_probes.metrics import describe_metric
 from empathy_probes.pages import (
     Picture,
@@ -140,7 +141,7 @@ def _concept(study: Tables, card: dict[str, Any]) -> Markup:
     return parts().concept(
         card, study.manifest.get("concepts", {}).get(card["concept"], {}), pictures, tables.flag_list(here),
         tables.did_rows(did), tables.view_rows(here, card["headline"].get("layer")), tables.VIEW_HEAD,
-        wording.layer_name(card["headline"]["layer"]) if not wording.missing(card["headline"].get("layer")) else "",
+        layer_name(card["headline"]["layer"]) if not wording.missing(card["headline"].get("layer")) else "",
         _missed_by_map(study, card),
     )  # fmt: skip
 

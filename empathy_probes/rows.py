@@ -149,19 +149,27 @@ def slope_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[
     """Graded labels: grades that the probe's reading of held-out texts moves per grade within a scenario; 1 is all."""
     if m.kind != "graded":
         return iter(())
-    base, aligned = (scenario_slopes(scores[:, 0], m.labels, m.item_units) for scores in m.scores)
+    base, aligned = (
+        scenario_slopes(scores[:, 0], m.labels, m.item_scenarios, m.item_units) for scores in m.scores
+    )
     curves = {"base": paired_t(base), "aligned": paired_t(aligned), "difference": paired_t(aligned - base)}
     return _curve_rows(m, n_layers, "slope", curves, [flags] * len(m.layers))
 
 
 def scenario_slopes(
-    scores: Float[np.ndarray, "layer item"], grades: Float[np.ndarray, " item"], units: Sequence[str]
+    scores: Float[np.ndarray, "layer item"],
+    grades: Float[np.ndarray, " item"],
+    scenarios: Sequence[str],
+    units: Sequence[str],
 ) -> Float[np.ndarray, "layer unit"]:
-    """Least-squares slope of the scores on the grades within each unit."""
-    place = np.unique(units, return_inverse=True)[1]
-    member = np.eye(place.max() + 1)[place]
+    """Least-squares slope of the scores on the grades within each scenario, averaged over those of a unit."""
+    first, place = np.unique(scenarios, return_index=True, return_inverse=True)[1:]
+    member = np.eye(len(first))[place]
     grade = grades - (grades @ member / member.sum(0))[place]
-    return np.asarray((scores * grade) @ member / (grade**2 @ member))
+    slopes = (scores * grade) @ member / (grade**2 @ member)
+    of_unit = np.unique(np.asarray(units)[first], return_inverse=True)[1]
+    shared = np.eye(of_unit.max() + 1)[of_unit]
+    return np.asarray(slopes @ shared / shared.sum(0))
 
 
 def lexical_row(m: Measurement, n_layers: int) -> dict[str, Any]:
@@ -204,8 +212,12 @@ def separation_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iter
 def bits_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What a probe extracts about the label."""
     if m.kind == "graded":
-        return _bits_rows(m, n_layers, flags, "bits", m.views.losses, grade_bits, grade_entropy(m.labels))
-    return _bits_rows(m, n_layers, flags, "bits", m.views.losses, bits, entropy(m.labels.astype(int)))
+        return _bits_rows(
+            m, n_layers, flags, "bits", m.views.losses, grade_bits, grade_entropy(m.labels, m.item_units)
+        )
+    return _bits_rows(
+        m, n_layers, flags, "bits", m.views.losses, bits, entropy(m.labels.astype(int), m.item_units)
+    )
 
 
 def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -213,7 +225,7 @@ def granularity_rows(m: Measurement, n_layers: int, flags: Sequence[str]) -> Ite
     coarse = coarse_numbers(m.categories, m.labels)
     if coarse is None:
         return iter(())
-    whole = entropy(m.labels.astype(int), coarse)
+    whole = entropy(m.labels.astype(int), m.item_units, coarse)
     return _bits_rows(m, n_layers, flags, "granularity", m.views.fine_losses, bits, whole)
 
 

@@ -19,8 +19,8 @@ from empathy_probes.concepts import (
     load_targets,
     split_format,
 )
-from empathy_probes.design import Design, design_study
-from empathy_probes.errors import InputError, check_seed
+from empathy_probes.design import Design, Settings, design_study
+from empathy_probes.errors import InputError
 from empathy_probes.extraction import plan_extraction, seconds_per_token
 from empathy_probes.pairs import load_pair
 from empathy_probes.readouts import with_readout
@@ -58,6 +58,15 @@ class StudySpec:
     trust_remote_code: bool = False
     store: str | None = None
     out: str | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """Its margin, draws and seed.
+
+        Raises:
+            InputError: one of them is out of range.
+        """
+        return Settings(margin=self.margin, draws=self.draws, seed=self.seed)
 
 
 def read_spec(path: str | Path) -> StudySpec:
@@ -191,7 +200,7 @@ def resolve(spec: StudySpec) -> Design:
     Raises:
         InputError: anything that would keep the study from finishing, named.
     """
-    check_numbers(spec)
+    _ = spec.settings  # refuses numbers out of range before any model is loaded
     check_stages(spec.stages)
     targets, controls = resolve_concepts(spec)
     if spec.readout is not None:
@@ -213,27 +222,6 @@ def resolve(spec: StudySpec) -> Design:
         sites=spec.sites,
         layers=parse_layers(spec.layers, pair.base.n_layers),
     )
-
-
-def check_numbers(spec: StudySpec) -> None:
-    """Refuse numbers outside their range.
-
-    Raises:
-        InputError: margin, draws or seed.
-    """
-    if not 0 < spec.margin < 1:
-        raise InputError(
-            f"margin got {spec.margin}, expected a number between 0 and 1 such as 0.1; choose one"
-        )
-    if spec.draws < 99:
-        raise InputError(
-            f"draws got {spec.draws}, expected at least 99, better 999: p values resolve no finer; raise it"
-        )
-    if spec.draws > 1_000_000:
-        raise InputError(
-            f"draws got {spec.draws}, expected at most 1000000, which resolve p to 0.000001; lower it"
-        )
-    check_seed(spec.seed)
 
 
 def default_out(spec: StudySpec) -> str:

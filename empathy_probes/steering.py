@@ -69,7 +69,7 @@ NEUTRAL_TEXTS = 50
 def dose_response(
     pair: ModelPair,
     concepts: Concept | Sequence[Concept],
-    controls: Sequence[Concept] = (),
+    controls: Concept | Sequence[Concept] = (),
     *,
     layers: Sequence[int] | None = None,
     template: str = "both",
@@ -100,9 +100,8 @@ def dose_response(
     Raises:
         InputError: no concept has a readout, a model cannot be continued from a state, or a dose or layer cannot be used.
     """
-    targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
     chosen = spread_layers(pair.base.n_layers) if layers is None else layers
-    design = design_study(pair, targets, controls, template=template, layers=chosen, neutral=neutral)
+    design = design_study(pair, concepts, controls, template=template, layers=chosen, neutral=neutral)
     return dose_response_design(
         design,
         Settings(seed=seed),

@@ -494,7 +494,12 @@ def _label_kind(items: list[Stimulus], concept: str, path: Path) -> LabelKind:
         )
     if strings == {True}:
         return "categorical"
-    return "binary" if labels <= {0.0, 1.0} else "graded"
+    if len(labels) == 2 and labels != {0.0, 1.0}:
+        raise InputError(
+            f"{path}, concept '{concept}': the labels are {' and '.join(f'{label:g}' for label in sorted(labels, key=float))}, expected "
+            "0 and 1 where there are two; write 1 for the texts that express the concept and 0 for the others"
+        )
+    return "binary" if len(labels) == 2 else "graded"
 
 
 def _check_scenarios(items: list[Stimulus], kind: LabelKind, concept: str, path: Path) -> None:
@@ -503,7 +508,13 @@ def _check_scenarios(items: list[Stimulus], kind: LabelKind, concept: str, path:
     for item in items:
         labels.setdefault(item.scenario, []).append(item.label)
         clusters.setdefault(item.scenario, set()).add(item.cluster)
+    named = {cluster for found in clusters.values() for cluster in found if cluster}
     for scenario, found in labels.items():
+        if scenario in named and clusters[scenario] == {""}:
+            raise InputError(
+                f"{path}, concept '{concept}', scenario '{scenario}': it has no cluster and a cluster of other scenarios has its "
+                "name, expected different names, as both are units of resampling; rename one"
+            )
         if len(set(found)) < 2:
             expected = (
                 "at least one text of each label" if kind == "binary" else "texts of at least two labels"

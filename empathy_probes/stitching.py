@@ -215,7 +215,7 @@ class Stitching(Result):
 def stitch(
     pair: ModelPair,
     concepts: Concept | Sequence[Concept],
-    controls: Sequence[Concept] = (),
+    controls: Concept | Sequence[Concept] = (),
     *,
     template: str = "both",
     draws: int = 1000,
@@ -238,8 +238,7 @@ def stitch(
     Raises:
         InputError: no concept has a readout, or a model cannot be continued from a state.
     """
-    targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
-    design = design_study(pair, targets, controls, template=template, neutral=neutral)
+    design = design_study(pair, concepts, controls, template=template, neutral=neutral)
     return stitch_design(design, Settings(draws=draws, seed=seed), open_store(store))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from empathy_probes.ledger import runs_of
-from empathy_probes.wording import BLANK, explain, interval, layer_name, missing, number, split_flags
+from empathy_probes.ledger import layer_name, runs_of
+from empathy_probes.wording import BLANK, explain, interval, missing, number, split_flags
 
 COUNTS = {
     "layer",
@@ -107,15 +107,24 @@ def control_rows(frame: pd.DataFrame, place: tuple[str, str]) -> list[list[Cell]
     ]
     for name, part in here.groupby("concept", sort=True):
         blocks = part[part["layer"] >= 0]
-        sizes = pd.to_numeric(blocks["attenuation"], errors="coerce").astype(float).abs()
+        # Where a contrast may be all gone there is no point: it changed by the lower end at least.
+        sizes = (
+            pd.to_numeric(blocks["attenuation"].fillna(blocks["band_lower"]), errors="coerce")
+            .astype(float)
+            .abs()
+        )
         counts = (
             blocks["decision"].dropna().astype(str).replace("", "not decided").value_counts().sort_index()
         )
         said = ", ".join(f"{word} {count}×" for word, count in counts.items()) or BLANK
         if sizes.notna().any():
             row = blocks.iloc[int(sizes.fillna(-1).to_numpy().argmax())]
-            size = f"{number(row['attenuation'])} {interval(row['band_lower'], row['band_upper'])}"
-            key, at, n = str(row["attenuation"]), layer_name(row["layer"]), number(row["n_scenarios"], 0)
+            value = row["attenuation"]
+            size = f"{number(value)} {interval(row['band_lower'], row['band_upper'])}"
+            if missing(value):
+                value = row["band_lower"]
+                size = f"at least {number(value)}"
+            key, at, n = str(value), layer_name(row["layer"]), number(row["n_scenarios"], 0)
         else:
             size, key, at, n = BLANK, "", BLANK, number(part["n_scenarios"].iloc[0], 0)
         rows.append([Cell(str(name), str(name)), Cell(n, n), Cell(size, key), Cell(at, at), Cell(said, said)])
@@ -175,7 +184,8 @@ def view_rows(frame: pd.DataFrame, layer: Any) -> list[list[Cell]]:
             )
     for row in frame[frame["site"] == "text"].to_dict("records"):
         said = f"{number(row['base'])} {interval(row['base_lower'], row['base_upper'])}"
-        name = "AUROC of words alone (no model)"
+        what = "correlation" if row["measure"] == "correlation" else "AUROC"
+        name = f"{what} of words alone (no model)"
         rows.append([Cell(name, name), Cell(said, _sortable(row["base"])), Cell(BLANK), Cell(BLANK)])
     return rows
 

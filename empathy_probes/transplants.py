@@ -232,7 +232,7 @@ class Transplants(Result):
 def transplant(
     pair: ModelPair,
     concepts: Concept | Sequence[Concept],
-    controls: Sequence[Concept] = (),
+    controls: Concept | Sequence[Concept] = (),
     *,
     template: str = "both",
     margin: float = 0.10,
@@ -257,8 +257,7 @@ def transplant(
     Raises:
         InputError: no concept has a readout, or a model cannot be continued from a state.
     """
-    targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
-    design = design_study(pair, targets, controls, template=template, neutral=neutral)
+    design = design_study(pair, concepts, controls, template=template, neutral=neutral)
     return transplant_design(design, Settings(margin=margin, draws=draws, seed=seed), open_store(store))
 
 

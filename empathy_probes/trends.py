@@ -259,7 +259,7 @@ def _contrasts(concept: TracedConcept, kind: str) -> tuple[Contrast, ...]:
 def measure_lineage(
     lineage: Lineage | Mapping[str, Any],
     concepts: Concept | Sequence[Concept],
-    controls: Sequence[Concept] = (),
+    controls: Concept | Sequence[Concept] = (),
     *,
     template: str = "both",
     layers: Sequence[int] | None = None,
@@ -294,11 +294,10 @@ def measure_lineage(
         raise InputError(
             f"the lineage has {len(stages)} stages, expected a base and at least one more; add it"
         )
-    targets = (concepts,) if isinstance(concepts, Concept) else tuple(concepts)
     names = tuple(stages)
     ends = [_open(stages[name], dtype, device) for name in (names[0], names[-1])]
     pair = make_pair(ends[0], ends[1], allow_identical=True)
-    design = design_study(pair, targets, controls, template=template, layers=layers)
+    design = design_study(pair, concepts, controls, template=template, layers=layers)
     between = {name: stages[name] for name in names[1:-1]}
     settings = Settings(margin=margin, draws=draws, seed=seed)
     return trace_design(design, settings, open_store(store), between, ends=(names[0], names[-1]))

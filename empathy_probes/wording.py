@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from empathy_probes.ledger import layer_name
+
 BLANK = "–"
 FLAGS: dict[str, str] = {
     "base_not_detected": "The base model does not show this contrast beyond noise, so there is nothing that could be lost.",
@@ -130,11 +132,6 @@ def explain(flag: str) -> str:
     return FLAGS.get(flag, flag)
 
 
-def layer_name(layer: Any) -> str:
-    """`block 3`, or the embedding."""
-    return "the embedding" if int(layer) < 0 else f"block {int(layer)}"
-
-
 def margins(options: Mapping[str, Any]) -> tuple[float, float]:
     """Margin of attenuation and margin of specific."""
     margin = float(options.get("margin") or 0.10)
@@ -220,7 +217,9 @@ def _where(decision: str, h: Mapping[str, Any]) -> str:
     if not missing(h.get("peak_lower")) and not missing(h.get("peak_upper")):
         low, high = int(h["peak_lower"]), int(h["peak_upper"])
         text += (
-            f"; largest at {layer_name(low)}" if low == high else f"; largest within blocks {low} to {high}"
+            f"; largest at {layer_name(low)}"
+            if low == high
+            else f"; largest between {layer_name(low)} and {layer_name(high)}"
         )
     return text
 

@@ -323,6 +323,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no chat template": ({"template": "shared"}, "tokenizer of aligned .* has none"),
     "unknown site": ({"sites": ("resid",)}, "unknown site 'resid'"),
     "layer outside": ({"layers": (0, 9)}, r"layers got \[9\]"),
+    "half a block": ({"layers": (1.0,)}, r"layers got \(1.0,\), expected block indices"),
     "too few scenarios": ({"n": 20}, "20 scenarios, expected at least 30"),
 }
 
@@ -339,6 +340,33 @@ def test_a_concept_that_is_target_and_control_is_refused() -> None:
     pair = pair_of(tiny_llama(0), tiny_llama(1))
     with pytest.raises(InputError, match="given twice"):
         design_study(pair, [concept()], [replace(concept(), role="control")], template="raw")
+
+
+def test_where_a_concept_is_given_makes_it_target_or_control() -> None:
+    """A file's concept is a target by itself, and was judged as one where it was given as a control."""
+    pair = pair_of(tiny_llama(0), tiny_llama(1))
+    ruled = replace(concept(), name="ruled", role="target")
+    design = design_study(pair, replace(concept(), role="control"), ruled, template="raw")
+    assert [(c.name, c.role) for c in design.concepts] == [("demo", "target"), ("ruled", "control")]
+
+
+def test_what_is_no_concept_and_numbers_out_of_range_are_refused() -> None:
+    pair: Any = pair_of(tiny_llama(0), tiny_llama(1))
+    wrong: Any = "demo"
+    with pytest.raises(InputError, match="targets got 'demo', expected concepts; load each by load_concept"):
+        measure_attenuation(pair, wrong, template="raw")
+    with pytest.raises(InputError, match="controls got 1"):
+        design_study(pair, [concept()], [1, 2], template="raw")  # type: ignore[list-item]
+    for option, value in (("margin", 1.5), ("draws", 5), ("seed", -1)):
+        with pytest.raises(InputError, match=f"{option} got {value}"):
+            measure_attenuation(pair, concept(), template="raw", **{option: value})
+
+
+def test_a_place_to_which_a_model_writes_nothing_is_named() -> None:
+    acts = Activations(np.zeros((4, 2, 3), np.float32), (0, 1), "mlp_out", "m", False)
+    acts.acts[:, 0] = 1
+    with pytest.raises(InputError, match="'m' writes exactly 0 at mlp_out of layer 1 for every text"):
+        _ = acts.normalised
 
 
 def test_both_templates_fall_back_to_raw_with_a_flag_where_there_is_none() -> None:

@@ -23,6 +23,7 @@ from empathy_probes.bits import (
     cross_fitted_losses,
     entropy,
     grade_bits,
+    grade_entropy,
 )
 from empathy_probes.stats import binomial_interval, critical_t
 
@@ -40,7 +41,29 @@ def test_bits_are_none_on_noise_and_never_more_than_the_label_is_worth() -> None
     assert -0.08 < np.mean(none) < 0.02
     much = bits(cross_fitted_losses(*contrast(40, 12.0)), 1.0).value
     assert (much > 0.9).all() and (much <= 1).all()
-    assert entropy(np.array([0, 1, 2, 3])) == 2 and entropy(np.array([0, 1, 0, 1])) == 1
+    assert entropy(np.array([0, 1, 2, 3]), list("aabb")) == 2
+    assert entropy(np.array([0, 1, 0, 1]), list("aabb")) == 1
+
+
+def test_bits_of_scenarios_with_unequal_numbers_of_texts_are_none_where_nothing_is_known() -> None:
+    """Texts of label 1 are the most, scenarios in which they are the most are not: losses and entropy count scenarios."""
+    labels = np.concatenate([np.tile([1, 1, 1, 1, 0], 40), np.tile([1, *[0] * 7], 10)])
+    units = [str(s) for s in range(40) for _ in range(5)] + [str(40 + s) for s in range(10) for _ in range(8)]
+    assert labels.mean() < 0.65 and entropy(labels, units) == pytest.approx(0.9208, abs=1e-3)
+    rng = np.random.default_rng(0)
+    found = [
+        entropy(labels, units)
+        - cross_fitted_losses(rng.standard_normal((280, 1, 6)), labels, units, seed=s)[LOSS].mean()
+        for s in range(4)
+    ]
+    assert -0.05 < np.mean(found) < 0.01
+    grades = labels + 0.5 * (np.arange(280) % 3)
+    none = [
+        grade_entropy(grades, units)
+        - cross_fitted_grade_losses(rng.standard_normal((280, 1, 6)), grades, units, seed=s)[LOSS].mean()
+        for s in range(4)
+    ]
+    assert -0.05 < np.mean(none) < 0.01
 
 
 def test_states_that_are_all_the_same_teach_nothing_for_sure() -> None:
@@ -184,13 +207,17 @@ def test_the_calibration_of_two_classes_is_a_penalised_logistic_regression() -> 
     labels = rng.integers(0, 2, 200)
     score = rng.standard_normal(200) + labels
     score = (score - score.mean()) / score.std()
-    slope, intercept = _fit_platt(np.stack([-score, score], -1), np.eye(2)[labels], np.ones((200, 2), bool))
+    slope, intercept = _fit_platt(
+        np.stack([-score, score], -1), np.eye(2)[labels], np.ones((200, 2), bool), np.ones(200)
+    )
     peer = LogisticRegression(C=1.0).fit(score[:, None], labels)  # C = 1 is an N(0, 1) prior on the slope
     # Two class scores -s and s make a logit of slope * s: (C - 1)/C of their difference.
     np.testing.assert_allclose(slope, peer.coef_[0, 0], rtol=1e-3)
     np.testing.assert_allclose(intercept[1] - intercept[0], peer.intercept_[0], atol=1e-3)
     np.testing.assert_allclose(
-        np.concatenate(_fit_logistic(score, labels * 1.0)), [slope, intercept[1] - intercept[0]], rtol=1e-9
+        np.concatenate(_fit_logistic(score, labels * 1.0, np.ones(200))),
+        [slope, intercept[1] - intercept[0]],
+        rtol=1e-9,
     )
 
 
@@ -207,7 +234,8 @@ def test_eight_classes_are_worth_up_to_three_bits() -> None:
     labels = np.tile(np.arange(8), 25)
     rows = 0.2 * rng.standard_normal((200, 1, 16)) + np.eye(16)[labels][:, None]
     found = bits(
-        cross_fitted_losses(rows, labels, [str(i // 8) for i in range(200)], repeats=1), entropy(labels)
+        cross_fitted_losses(rows, labels, units := [str(i // 8) for i in range(200)], repeats=1),
+        entropy(labels, units),
     )
     assert 2 < found.value[0] <= 3
 

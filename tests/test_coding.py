@@ -31,7 +31,14 @@ from empathy_probes.grammar import stimuli_rows
 from empathy_probes.measurements import ALIGNED, BASE, MAPPED, OWN, PLAIN, Measurement, measure_concept
 from empathy_probes.phantoms import load_phantom
 from empathy_probes.probes import cross_fitted_scores
-from empathy_probes.rows import bits_rows, granularity_rows, reading_rows, slope_rows, transfer_rows
+from empathy_probes.rows import (
+    bits_rows,
+    granularity_rows,
+    reading_rows,
+    scenario_slopes,
+    slope_rows,
+    transfer_rows,
+)
 from empathy_probes.stats import grouped_folds
 from empathy_probes.stimuli import stimuli_from_rows
 from empathy_probes.study import Study, load_study
@@ -74,7 +81,10 @@ def states(n: int, parts: list[np.ndarray], noise: float = 1.0, seed: int = 0) -
 def test_grades_zero_and_two_are_two_labels_at_half_the_slope() -> None:
     values = states(60, [np.outer([0, 1], np.eye(WIDTH)[0])])
     other = states(60, [np.outer([0, 0.4], np.eye(WIDTH)[0])], seed=1)
-    two, graded = (measured(concept_of(labels), values, other) for labels in ([0, 1], [0, 2]))
+    concept = concept_of([0, 1])
+    items = tuple(replace(item, label=2 * float(item.label)) for item in concept.stimuli.items)
+    doubled = replace(concept, stimuli=replace(concept.stimuli, items=items, kind="graded"))
+    two, graded = (measured(c, values, other) for c in (concept, doubled))
     assert (two.kind, graded.kind) == ("binary", "graded")
     np.testing.assert_allclose(graded.kernels, two.kernels / 4, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(graded.contrast.theta, two.contrast.theta, rtol=1e-4)
@@ -156,7 +166,9 @@ def test_bits_of_grades_are_the_information_of_a_normal_channel() -> None:
     grades = rng.standard_normal(1200)
     for noise, expected in ((0.5, np.log2(5) / 2), (1.0, 0.5), (30.0, 0.0)):
         x = (grades + noise * rng.standard_normal(1200))[:, None, None]
-        found = grade_entropy(grades) - cross_fitted_grade_losses(x, grades, units, repeats=1)[LOSS].mean()
+        found = (
+            grade_entropy(grades, units) - cross_fitted_grade_losses(x, grades, units, repeats=1)[LOSS].mean()
+        )
         assert abs(found - expected) < 0.08
 
 
@@ -168,7 +180,7 @@ def test_fine_within_coarse_is_a_multinomial_restricted_to_the_coarse_class() ->
     units = [str(i // 4) for i in range(600)]
     coarse = labels // 2
     losses = cross_fitted_losses(x, labels, units, given=coarse, repeats=1)
-    ours = entropy(labels, coarse) - losses[LOSS].mean()
+    ours = entropy(labels, units, coarse) - losses[LOSS].mean()
     folds, theirs = grouped_folds(units, 5), []
     for fold in range(5):
         for c in range(2):
@@ -178,7 +190,7 @@ def test_fine_within_coarse_is_a_multinomial_restricted_to_the_coarse_class() ->
                 log_loss(labels[test], probe.predict_proba(x[test, 0]), labels=probe.classes_) / np.log(2)
             )
     assert abs(ours - (1 - np.mean(theirs))) < 0.03
-    assert entropy(labels, coarse) == 1
+    assert entropy(labels, units, coarse) == 1
 
 
 def test_a_model_that_loses_the_fine_and_keeps_the_coarse_loses_granularity_only() -> None:
@@ -218,6 +230,14 @@ def test_the_slope_of_a_reading_is_all_of_it_or_none() -> None:
     m = measured(concept_of([0, 1, 2], 80), clear, empty)
     row = next(slope_rows(m, 1, ()))
     assert 0.4 < row["base"] < 1 and abs(row["aligned"]) < 0.1 and row["difference_upper"] < -0.3
+
+
+def test_a_slope_is_one_of_a_scenario_also_where_scenarios_are_clustered() -> None:
+    """Two scenarios of other grades and levels: all four texts together would lie on a falling line."""
+    grades, scores = np.array([1.0, 2, 3, 4] * 2), np.array([[0.0, 1, -5, -4] * 2])
+    scenarios, clusters = list("aabbccdd"), list("xxxxyyyy")
+    assert scenario_slopes(scores, grades, scenarios, clusters).tolist() == [[1, 1]]
+    assert scenario_slopes(scores, grades, clusters, clusters) == pytest.approx(-1.8)
 
 
 def test_correlations_of_one_scores_do_not_differ() -> None:

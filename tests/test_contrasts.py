@@ -289,6 +289,16 @@ def test_the_sentence_of_an_equivalence_names_the_blocks_that_few_controls_reach
     assert "±10 % (fewer than 6 controls to compare with) at any block" in alone
 
 
+def test_the_input_of_block_0_is_called_the_embedding() -> None:
+    headline = Headline(
+        "valence", "target", "raw", "resid_post", "attenuated", "specific", 2, 0.5, 0.4, 0.6, -1, 0, -1, 3, 200, 6, 0.2, None, None,
+        (), "",
+    )  # fmt: skip
+    said = _sentence(headline, Settings(), None, [])
+    assert said.startswith("Attenuated by block 0; could begin as early as the embedding. Largest at block 2")
+    assert "(it may be any from the embedding to block 3)" in said
+
+
 def test_an_open_question_says_what_such_a_run_finds():
     headline = Headline(
         "valence", "target", "raw", "resid_post", "inconclusive", "specific", 1, 0.1, -0.2, 0.3, None, None, None, None,

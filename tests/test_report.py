@@ -467,6 +467,32 @@ def test_no_json_can_end_its_script_element() -> None:
     ) == json.loads(text)
 
 
+def test_the_largest_change_of_a_control_may_be_where_it_is_lost() -> None:
+    """Where nothing may be left there is no point, and the change is at least the band's lower end."""
+    row = {
+        "concept": "tense",
+        "template": "raw",
+        "site": "resid_post",
+        "measure": "strength",
+        "n_scenarios": 40,
+    }
+    frame = pd.DataFrame(
+        [
+            row | {"layer": 2, "attenuation": 0.3, "band_lower": 0.2, "band_upper": 0.4, "decision": "attenuated"},
+            row | {"layer": 3, "attenuation": np.nan, "band_lower": 0.8, "band_upper": 1.0, "decision": "attenuated"},
+        ]
+    )  # fmt: skip
+    ((_, _, size, at, _),) = tables.control_rows(frame, ("raw", "resid_post"))
+    assert (size.text, at.text) == ("at least 0.80", "block 3")
+
+
+def test_words_alone_are_told_by_what_they_are_measured_in() -> None:
+    floor = {"site": "text", "layer": None, "base": 0.6, "base_lower": 0.5, "base_upper": 0.7}
+    for measure, name in (("auroc", "AUROC"), ("correlation", "correlation")):
+        ((first, *_),) = tables.view_rows(pd.DataFrame([floor | {"measure": measure}]), 3)
+        assert first.text == f"{name} of words alone (no model)"
+
+
 def test_one_known_end_of_an_interval_is_shown_without_the_other() -> None:
     frame = pd.DataFrame({"x": [np.nan], "x_lower": [0.4], "x_upper": [np.nan], "flags": ["at_least"]})
     assert report.tables.table_rows(frame)[0][0].text == "– [0.400, –]"

@@ -87,10 +87,30 @@ def test_lines_that_name_a_concept_are_grouped_by_it(tmp_path: Path) -> None:
 
 
 def test_labels_decide_the_kind() -> None:
-    graded = [{**row, "label": row["label"] * 2} for row in rows(3)]
+    graded = [{**row, "label": row["label"] + i % 4 // 2} for i, row in enumerate(rows(4))]
     named = [{**row, "label": "red" if row["label"] else "blue"} for row in rows(3)]
     assert stimuli_from_rows(graded, "c").kind == "graded"
     assert stimuli_from_rows(named, "c").kind == "categorical"
+
+
+@pytest.mark.parametrize("pair", [(-1, 1), (1, 2), (0, 2)])
+def test_two_numbers_are_the_labels_0_and_1(pair: tuple[int, int]) -> None:
+    """As grades they would have no AUROC, and half the strength or twice as much."""
+    lines = [{**row, "label": pair[row["label"]]} for row in rows(3)]
+    with pytest.raises(InputError, match=f"the labels are {pair[0]} and {pair[1]}, expected 0 and 1"):
+        stimuli_from_rows(lines, "c")
+
+
+def test_a_scenario_and_a_cluster_of_others_do_not_share_a_name() -> None:
+    lines = rows(4)
+    first = lines[0]["scenario"]
+    for row in lines[2:]:
+        row["cluster"] = first
+    with pytest.raises(InputError, match="a cluster of other scenarios has its name"):
+        stimuli_from_rows(lines, "c")
+    for row in lines[:2]:
+        row["cluster"] = first
+    assert stimuli_from_rows(lines, "c").n_scenarios == 1
 
 
 def test_clusters_are_the_unit() -> None:

@@ -189,6 +189,16 @@ def test_a_span_is_read_at_its_own_tokens_whoever_speaks(
     assert decoded(tokenizer, render(tokenizer, stimuli, "chat", speaker)[1]) == "blue bird"
 
 
+def test_the_first_token_of_a_text_is_in_no_mean() -> None:
+    """It is an attention sink where no BOS is before it, and would be all that the mean shows."""
+    text = USER["content"]
+    for tokenizer, first_read in ((words("olmo"), 1), (words("qwen"), 1)):
+        (prompt, _) = render(tokenizer, one({"span": text}, text=text), "raw", "user")
+        assert prompt.read[0] == first_read and prompt.read[-1] == len(prompt.ids) - 1
+    alone = one({"span": text.split()[0]}, text=text)
+    assert render(words("qwen"), alone, "raw", "user")[0].read == (0,)
+
+
 @styles
 @pytest.mark.parametrize(("turn", "span"), [(0, "a red bird"), (1, "red bird was lost")])
 def test_a_span_is_found_in_the_turn_that_holds_it(
@@ -376,7 +386,11 @@ def test_texts_of_the_assistant_can_be_measured_under_every_template(style: str)
     spoken = Concept("demo", "target", "", "", "assistant", "", chat_stimuli(40))
     neutral = [f"the {a} {b} was here ." for a in WORDS[18:26] for b in WORDS[2:9]]
     design = design_study(pair, [spoken], template="shared", neutral=neutral)
-    for prompt in design.prompts["neutral (mean, assistant)", "shared"][0]:
-        assert decoded(pair.aligned.tokenizer, prompt) in neutral
-    found = couple(design, Settings(draws=50), open_store("memory://templates"))
+    for prompt, text in zip(
+        design.prompts["neutral (last token of the text, assistant)", "shared"][0], neutral, strict=True
+    ):
+        (place,) = prompt.read
+        assert decoded(pair.aligned.tokenizer, prompt) == "."
+        assert pair.aligned.tokenizer.decode(list(prompt.ids[: place + 1])).rstrip().endswith(text)
+    found = couple(design, Settings(draws=99), open_store("memory://templates"))
     assert np.isfinite(found.concepts[0].readouts).all()

@@ -64,7 +64,7 @@ def compare(
     ours, theirs = [], []
     for _ in range(repeats):
         began = time.perf_counter()
-        scores, null = permutation_null(features, labels[None], units, folds, draws=permutations)
+        scores, null = permutation_null(features, labels[None], units, units, folds, draws=permutations)
         observed = auroc(scores[:, 0], labels)
         ours.append(time.perf_counter() - began)
         began = time.perf_counter()

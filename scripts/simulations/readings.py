@@ -77,10 +77,10 @@ def readings(kind: LabelKind, states: np.ndarray, labels: np.ndarray, units: lis
         ]
     for name, (base, aligned) in losses.items():
         if kind == "graded":
-            found[f"{name} base"] = grade_bits(base, grade_entropy(labels))
+            found[f"{name} base"] = grade_bits(base, grade_entropy(labels, units))
             found[f"{name} difference"] = bits_difference(base, aligned)
         else:
-            whole = entropy(labels.astype(int), None if name == "bits" else coarse)
+            whole = entropy(labels.astype(int), units, None if name == "bits" else coarse)
             found[f"{name} base"] = bits(base, whole)
             found[f"{name} difference"] = bits_difference(base, aligned)
     codes = contrast_codes(kind, labels)
@@ -96,7 +96,7 @@ def readings(kind: LabelKind, states: np.ndarray, labels: np.ndarray, units: lis
     if kind == "graded":
         found["correlation base"] = fisher_interval(base)
         found["correlation difference"] = paired_difference(base, aligned)
-        slopes = [scenario_slopes(x[:, 0], labels, units) for x in scores]
+        slopes = [scenario_slopes(x[:, 0], labels, units, units) for x in scores]
         found["slope base"], found["slope difference"] = paired_t(slopes[0]), paired_t(slopes[1] - slopes[0])
     else:
         same = np.zeros(len(values[0]), bool)
