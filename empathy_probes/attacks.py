@@ -8,40 +8,48 @@ instead of simultaneous bands is a metric of every cell, `pointwise_band`.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
 
+from empathy_probes.activations import Activations
 from empathy_probes.auroc_intervals import auroc_interval
+from empathy_probes.contrasts import compare
 from empathy_probes.errors import InputError
 from empathy_probes.grammar import stimuli_rows
-from empathy_probes.measurements import measure_concept
-from empathy_probes.metrics import Target
+from empathy_probes.measurements import measure_concept, unit_kernels
+from empathy_probes.metrics import COVERAGE, FEWEST, Target, claims
 from empathy_probes.nulls import direction_gaps
 from empathy_probes.probes import N_FOLDS, lexical_scores
-from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, contrasts_of, holds, redraw
+from empathy_probes.redraws import CURVES, Outcomes, Population, Sample, holds, redraw
 from empathy_probes.scorecard import MADE_UP, TEXTS_ALONE, Row, mean_row, proportion_row
 from empathy_probes.secondary import Exhibit
 from empathy_probes.stats import critical_t, grouped_folds
+from empathy_probes.stimuli import StimulusSet
 
 CLUSTER = 5
-# Most draws of attacks on texts, which have a bag of words or a study to make each time.
-TEXT_DRAWS = 40
+# Redraws of one shuffle of the population's labels.
+PER_SHUFFLE = 10
 
 
 # ---------------------------------------------------------------- attacks
 
 
-def shuffled_labels(population: Population, n: int, redraws: int, seed: int) -> Outcomes:
-    """Judge redraws in which each scenario's labels are swapped or not by chance, alike in both models."""
-    rng = np.random.default_rng([seed, 21])
-    samples = []
-    for sample in population.samples:
-        sign = rng.choice([-1.0, 1.0], sample.n)[None, :, None, None].astype(sample.differences.dtype)
-        swapped = sample.differences * sign if sample.role == "target" else sample.differences
-        samples.append(replace(sample, differences=swapped))
-    return redraw(replace(population, samples=tuple(samples)), n, redraws, seed)
+def shuffled_labels(population: Population, n: int, redraws: int, seed: int) -> Float[np.ndarray, " redraw"]:
+    """Whether anything is decided where each scenario's labels are swapped or not by chance, alike in both models."""
+    found = []
+    for first in range(0, redraws, PER_SHUFFLE):
+        rng = np.random.default_rng([seed, 21, first])
+        samples = []
+        for sample in population.samples:
+            sign = rng.choice([-1.0, 1.0], sample.n)[None, :, None, None].astype(sample.differences.dtype)
+            swapped = sample.differences * sign if sample.role == "target" else sample.differences
+            samples.append(replace(sample, differences=swapped))
+        shuffled = replace(population, samples=tuple(samples))
+        found.append(_decisions(redraw(shuffled, n, min(PER_SHUFFLE, redraws - first), seed + first)))
+    return np.concatenate(found)
 
 
 def keyword_leak(n: int, draws: int, seed: int, *, leaked: bool = True) -> Float[np.ndarray, " draw"]:
@@ -56,44 +64,61 @@ def keyword_leak(n: int, draws: int, seed: int, *, leaked: bool = True) -> Float
     return np.array(caught)
 
 
-def missing_texts(exhibit: Exhibit, draws: int, seed: int) -> Float[np.ndarray, " draw"]:
-    """Whether a study is refused in which either model has not read some of the texts."""
+def missing_texts(
+    exhibit: Exhibit, n: int, draws: int, seed: int, *, missing: bool = True
+) -> Float[np.ndarray, " draw"]:
+    """Whether a study of n scenarios is refused for texts that either model has not read; without `missing`, both have read all."""
+    stimuli = exhibit.concept.stimuli
     caught = []
     for draw in range(draws):
         rng = np.random.default_rng([seed, 61, draw])
-        acts = list(exhibit.acts)
-        model, many = draw % 2, len(acts[0].acts)
-        kept = np.sort(rng.choice(many, many - int(rng.integers(1, 10)), replace=False))
-        acts[model] = replace(acts[model], acts=acts[model].acts[kept])
-        words = np.zeros((1, many))
+        chosen = {stimuli.units[i] for i in rng.choice(exhibit.n, n, replace=False)}
+        rows = [i for i, item in enumerate(stimuli.items) if item.unit in chosen]
+        concept = replace(exhibit.concept, stimuli=stimuli.of_units(chosen))
+        acts = [replace(a, acts=a.acts[rows]) for a in exhibit.acts]
+        if missing:
+            model, lost = draw % 2, int(rng.integers(1, 10))
+            kept = np.sort(rng.choice(len(rows), len(rows) - lost, replace=False))
+            acts[model] = replace(acts[model], acts=acts[model].acts[kept])
         try:
-            measure_concept(exhibit.concept, "raw", acts, exhibit.neutral, words, draw, False, null_draws=1)
-        except InputError:
-            caught.append(1.0)
-        else:
+            measure_concept(
+                concept, "raw", acts, exhibit.neutral, np.zeros((1, len(rows))), draw, False, null_draws=1
+            )
             caught.append(0.0)
+        except InputError as error:
+            caught.append(float("has read" in str(error)))
     return np.array(caught)
 
 
-def correlated(
-    population: Population, sample: Sample, layer: int, n: int, redraws: int, seed: int
-) -> tuple[Float[np.ndarray, " redraw"], Float[np.ndarray, " redraw"]]:
-    """Whether the interval of attenuation holds the truth when each of `n` scenarios is told five times over.
-
-    Returns:
-        Without and with `cluster`.
-    """
-    k = CURVES.index("attenuation")
-    targets = [s.concept for s in population.of_role("target")]
-    truth = population.truth[targets.index(sample.concept), layer, k]
-    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+def told_often(
+    exhibit: Exhibit, n: int, redraws: int, seed: int, *, clustered: bool
+) -> Float[np.ndarray, " redraw"]:
+    """Whether the interval of attenuation holds the truth when each of `n` scenarios is told five times over, with `cluster` or without."""
+    stimuli = exhibit.concept.stimuli
+    rows_of: dict[str, list[int]] = {}
+    for i, item in enumerate(stimuli.items):
+        rows_of.setdefault(item.scenario, []).append(i)
+    names = list(rows_of)
+    truth = _attenuation(stimuli, exhibit.acts)[0]
+    found = []
     for r in range(redraws):
-        rows = np.random.default_rng([seed, 31, r]).choice(sample.n, n, replace=False)
-        for into, chosen in zip(found, (np.repeat(rows, CLUSTER), rows), strict=True):
-            curve = contrasts_of(sample, chosen[None], population)[0].attenuation
-            into.append(np.array([curve.value[layer], curve.lower[layer], curve.upper[layer]]))
-    without, within = (_held(truth, np.stack(intervals), n / sample.n) for intervals in found)
-    return without, within
+        chosen = np.random.default_rng([seed, 31, r]).choice(len(names), n, replace=False)
+        rows = [(row, k) for i in chosen for k in range(CLUSTER) for row in rows_of[names[i]]]
+        items = [
+            replace(item, id=f"{item.id}-{k}", scenario=f"{item.scenario}-{k}", cluster=item.scenario if clustered else "")
+            for item, k in ((stimuli.items[row], k) for row, k in rows)
+        ]  # fmt: skip
+        acts = [replace(a, acts=a.acts[[row for row, _ in rows]]) for a in exhibit.acts]
+        found.append(_attenuation(replace(stimuli, items=tuple(items)), acts))
+    return _held(truth, np.stack(found), n / exhibit.n)
+
+
+def _attenuation(
+    stimuli: StimulusSet, acts: Sequence[Activations]
+) -> Float[np.ndarray, "value_lower_upper=3"]:
+    """What a study says of the attenuation at the only layer there is."""
+    curve = compare("told", stimuli.units, unit_kernels(stimuli, acts), (0,)).attenuation
+    return np.array([curve.value[0], curve.lower[0], curve.upper[0]])
 
 
 def _held(
@@ -185,21 +210,21 @@ def attack_rows(
         return proportion_row(name, architecture, of, n, metric, values, target)
 
     sample = next(s for s in planted.samples if s.concept == concept)
-    without, within = correlated(planted, sample, planted.layers.index(layer), told, redraws, seed)
-    swapped = _decisions(shuffled_labels(planted, n, redraws, seed))
+    few = min(redraws, FEWEST)
+    without, within = (told_often(shown, told, redraws, seed, clustered=c) for c in (False, True))
     return (
-        row("attack: shuffled labels", "false_alarm", swapped, rare),
+        row("attack: shuffled labels", "false_alarm", shuffled_labels(planted, n, redraws, seed), rare),
         row("attack: another template frame", "false_alarm", _decisions(redraw(framed, n, redraws, seed)), rare),
-        row("attack: texts missing in one model", "caught", missing_texts(shown, min(redraws, TEXT_DRAWS), seed), often),
+        row("attack: texts missing in one model", "caught", missing_texts(shown, n, few, seed), often),
+        row("attack: no texts missing", "caught", missing_texts(shown, n, few, seed, missing=False), rare),
         row("attack: scenarios told five times, no cluster", "coverage_attenuation", without, None, concept, told),
-        row("attack: scenarios told five times, cluster given", "coverage_attenuation", within,
-            Target(0.92, consistent=True), concept, told),
+        row("attack: scenarios told five times, cluster given", "coverage_attenuation", within, COVERAGE, concept, told),
         *_ablations(planted, scaled, sample, architecture, layer, n, redraws, seed),
     )  # fmt: skip
 
 
 def _decisions(outcomes: Outcomes) -> Float[np.ndarray, " redraw"]:
-    return np.isin(outcomes.decisions, (1, 2)).any((1, 2)).astype(float)
+    return claims(outcomes).any((1, 2)).astype(float)
 
 
 def _ablations(
@@ -230,7 +255,7 @@ def _ablations(
 
 def keyword_rows(n: int, redraws: int, seed: int) -> tuple[Row, ...]:
     """A keyword that gives the label away, and the same texts without it: of texts alone, whatever the bases."""
-    draws = min(redraws, TEXT_DRAWS)
+    draws = min(redraws, FEWEST)
     leaked, clean = (keyword_leak(n, draws, seed, leaked=leaked) for leaked in (True, False))
     said = (TEXTS_ALONE, "", n, "caught")
     return (

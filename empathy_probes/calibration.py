@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from empathy_probes import __version__
 from empathy_probes.attacks import attack_rows, keyword_rows, null_rows
 from empathy_probes.errors import InputError, StoreError, check_seed
-from empathy_probes.metrics import COVERAGE, EXACT, Case
+from empathy_probes.metrics import COVERAGE, EXACT, FEWEST, Case
 from empathy_probes.planting import has_twin, list_bases
 from empathy_probes.populations import Options, Twin, exhibit, population, rehearsal
 from empathy_probes.redraws import DRAWS, Outcomes, redraw
@@ -44,6 +45,7 @@ MEASURED_UP_TO = 100
 PLANTED = (
     ("valence", 3, 0.25), ("valence", 1, 0.5), ("valence", 2, 0.75), ("distance", 1, 0.25), ("distance", 3, 0.5),
     ("conflict", 2, 0.25), ("conflict", 4, 0.5),
+    ("valence", 3, 0.92),  # just within the margin, where a false alarm is likeliest
 )  # fmt: skip
 # Twins about which whole studies are held: of `full_twins`, those of the first target at its first place.
 REHEARSED = ("identical", "rotated", "planted", "erased", "local", "rerouted", "unread", "unsaid")
@@ -117,9 +119,14 @@ def calibrate(
         there = {name: path for name, path in there.items() if name in bases}
     if quick:
         twins = quick_twins(list(there))
-        options = Options(twins, QUICK_SIZES, 500, 200, min(redraws, 80), seed=seed)
+        options = Options(twins, QUICK_SIZES, 500, 200, min(redraws, FEWEST), seed=seed)
     else:
         twins = tuple(twin for twin in full_twins(list(there)) if has_twin(there[twin.base], twin.family))
+        for twin in full_twins(list(there)):
+            if twin not in twins:
+                logger.warning(
+                    "base '%s' has no trained twin '%s': the scorecard is without it", twin.base, twin.family
+                )
         options = Options(twins, redraws=redraws, seed=seed, attack_redraws=min(redraws, 200),
                           measure_redraws=min(max(redraws // 5, 20), 200),
                           rehearsal_redraws=min(redraws, 100))  # fmt: skip
@@ -164,16 +171,18 @@ def _attacked(options: Options, out: Path, phantoms: str | Path | None) -> tuple
         path = out / "parts" / f"{base}_attacks.json"
         if not path.is_file():
             few = replace(options, population=options.others)
+            # Of draws of its own: two architectures must not be attacked with the same ones.
+            seed = options.seed + zlib.crc32(base.encode())
             concept, layer, keep = PLANTED[0]
             made = attack_rows(
                 population(Twin(base, "planted", concept, layer, keep), few, phantoms),
                 population(Twin(base, "identical"), few, phantoms, frame="We met . "),
                 population(Twin(base, "rescaled"), few, phantoms),
                 exhibit(Twin(base, "planted", concept, layer, keep), few, phantoms),
-                architecture, concept, layer, ATTACKED, options.attack_redraws, options.seed,
+                architecture, concept, layer, ATTACKED, options.attack_redraws, seed,
             )  # fmt: skip
             write_file(path, json.dumps([asdict(row) for row in made]).encode())
-        rows += [Row(**row) for row in _read_json(path)]
+        rows += _read_rows(path)
     draws = options.attack_redraws
     return (*rows, *keyword_rows(ATTACKED, draws, options.seed), *null_rows(draws, options.seed))
 
@@ -304,6 +313,13 @@ def _read_json(path: Path) -> Any:
         raise _damaged(path) from None
 
 
+def _read_rows(path: Path) -> list[Row]:
+    try:
+        return [Row(**row) for row in _read_json(path)]
+    except TypeError:
+        raise _damaged(path) from None
+
+
 def _damaged(path: Path) -> InputError:
     return InputError(
         f"'{path}' is damaged, expected a part that an earlier run wrote; delete {path} and run the same command again"
@@ -322,7 +338,7 @@ def _measured(options: Options, out: Path) -> list[Row]:
     for cell, readings in cells.items():
         for i, (measure, column) in enumerate(MEASURES):
             entries = proportions(readings, i)
-            if len(entries) >= 20:
+            if len(entries):
                 name = f"coverage_{measure}_{column}"
                 rows.append(proportion_row(*cell, name, entries, COVERAGE))
     return rows
@@ -340,24 +356,24 @@ def _provenance(options: Options) -> dict[str, Any]:
 def _claim(out: Path, options: Options, phantoms: str | Path | None) -> list[str]:
     """Refuse a folder that holds parts of another scorecard; mark an empty one as this one's.
 
+    More pairs may be added to a scorecard: their parts stand beside those that are there.
+
     Returns:
         Digests of the package's source that its parts were made with.
     """
-    there = list_bases(phantoms)
-    weights = {
-        f"{name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
-        for name in sorted({twin.base for twin in options.twins})
-        for path in sorted((*there[name].glob("*.safetensors"), *there[name].glob("base/*.safetensors")))
-    }
-    mine = digest_of([asdict(options), weights, __version__])
     mark = out / "parts" / "options.json"
-    code = digest_of([path.read_text(encoding="utf8") for path in sorted(Path(__file__).parent.glob("*.py"))])
-    found = {"digest": mine, "options": asdict(options), "code": [code]}
+    mine = _described(options, phantoms)
+    found: dict[str, Any] = {}
     if mark.is_file():
         try:
             found = json.loads(mark.read_text(encoding="utf8"))
-            same = found["digest"] == mine
-        except (ValueError, KeyError, TypeError):
+            same = all(found[name] == mine[name] for name in ("version", "options")) and all(
+                found[name].get(key, value) == value
+                for name in ("redraws", "weights")
+                for key, value in mine[name].items()
+            )
+            codes = list(found["code"])
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
                 f"'{mark}' is damaged, expected what an earlier run of this scorecard wrote there; choose another --out"
             ) from None
@@ -365,18 +381,41 @@ def _claim(out: Path, options: Options, phantoms: str | Path | None) -> list[str
             raise InputError(
                 f"'{out}' holds parts of a scorecard with other options or of other bases, expected none or the same; choose another --out"
             )
-        if code not in found.setdefault("code", []):
+        if mine["code"][0] not in codes:
             logger.warning("'%s' goes on with other code than it was begun with; its scorecard says so", out)
-            found["code"].append(code)
+        mine["code"] = list(dict.fromkeys([*codes, *mine["code"]]))
+        for name in ("redraws", "weights"):
+            mine[name] = {**found[name], **mine[name]}
     elif any(path.is_file() for path in out.rglob("*")):
         raise InputError(
             f"'{out}' is not empty and holds no scorecard's parts, expected an empty or new folder; choose another --out"
         )
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
-        write_file(mark, json.dumps(found, indent=1).encode())
+        write_file(mark, json.dumps(mine, indent=1).encode())
     except OSError as error:
         raise InputError(
             f"'{out}' cannot be written ({error.strerror or error}), expected a writable folder; choose another --out"
         ) from None
-    return list(found["code"])
+    return list(mine["code"])
+
+
+def _described(options: Options, phantoms: str | Path | None) -> dict[str, Any]:
+    """All that decides what is in the parts, as JSON holds it."""
+    there = list_bases(phantoms)
+    said = asdict(options)
+    del said["twins"]
+    described = {
+        "version": __version__,
+        "options": said,
+        "redraws": {twin.key: _share(twin, options) for twin in options.twins},
+        # Configuration and tokenizer too: they decide what a base says as much as its weights.
+        "weights": {
+            f"{name}/{path.relative_to(there[name])}": hashlib.sha256(path.read_bytes()).hexdigest()
+            for name in sorted({twin.base for twin in options.twins})
+            for path in sorted(there[name].rglob("*"))
+            if path.is_file()
+        },
+        "code": [digest_of([path.read_text(encoding="utf8") for path in sorted(Path(__file__).parent.glob("*.py"))])],
+    }  # fmt: skip
+    return dict(json.loads(json.dumps(described)))

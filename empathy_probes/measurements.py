@@ -272,13 +272,7 @@ def measure_concept(
     shares = unit_shares(stimuli)
     norms = [unit_norms(rows, stimuli) for rows in normalised]
     # One memory order, so that sums over a saved and reloaded array round alike.
-    kernels = np.ascontiguousarray(
-        [
-            np.mean([strength_kernels(contrast, q, shares) for contrast in d], axis=0)
-            for d, q in zip(differences, norms, strict=True)
-        ],
-        np.float32,
-    )
+    kernels = np.ascontiguousarray(_kernels(differences, norms, shares), np.float32)
     # Equal weights may still have read other texts: each in its own chat template. Only equal states are read once.
     same_model = same_model and np.array_equal(acts[0].acts, acts[1].acts)
     sides = [0, 0] if same_model else [0, 1]
@@ -324,6 +318,28 @@ def measure_concept(
         kind=stimuli.kind,
         categories=categories(stimuli),
     )
+
+
+def unit_kernels(
+    stimuli: StimulusSet, acts: Sequence[Activations]
+) -> Float[np.ndarray, "model layer unit unit"]:
+    """Kernels of strength of each model, and nothing else of a measurement."""
+    normalised = [a.normalised for a in acts]
+    return _kernels(
+        [scenario_contrasts(rows, stimuli) for rows in normalised],
+        [unit_norms(rows, stimuli) for rows in normalised],
+        unit_shares(stimuli),
+    )
+
+
+def _kernels(
+    differences: Sequence[np.ndarray], norms: Sequence[np.ndarray], shares: np.ndarray
+) -> Float[np.ndarray, "model layer unit unit"]:
+    kernels = [
+        np.mean([strength_kernels(contrast, q, shares) for contrast in d], axis=0)
+        for d, q in zip(differences, norms, strict=True)
+    ]
+    return np.stack(kernels)
 
 
 def _places(stimuli: StimulusSet) -> Int[np.ndarray, " item"]:

@@ -97,17 +97,19 @@ def _coverage(curve: str) -> Callable[[Case], np.ndarray | None]:
         t, layer = case.place
         k = CURVES.index(curve)
         lower, upper = case.outcomes.curves[:, t, layer, k, 1:].T
-        # Before a planted block nothing differs, exactly: an interval without width is no test of an interval.
-        shown = ~(np.isnan(lower) & np.isnan(upper)) & ~(upper - lower < 1e-9)
-        # Nothing is compatible with the data, though the base is detected: a miss, not a blank.
-        empty = (
-            np.isnan(lower)
-            & np.isnan(upper)
-            & (case.outcomes.curves[:, t, layer, CURVES.index("base"), 1] > 0)
-        )
-        return np.where(shown, case.outcomes.covers()[:, t, layer, k], np.where(empty, 0.0, np.nan))
+        held = case.outcomes.covers()[:, t, layer, k]
+        # Where nothing differs, exactly, an interval without width is no test of an interval, unless it misses.
+        shown = ~(np.isnan(lower) & np.isnan(upper)) & ~(held & (upper - lower < 1e-9))
+        empty = _empty(case, k)[:, t, layer]
+        return np.where(shown, held, np.where(empty, 0.0, np.nan))
 
     return measure
+
+
+def _empty(case: Case, k: int) -> Bool[np.ndarray, "redraw target layer"]:
+    """Where nothing is compatible with the data, though the base is detected: a miss, not a blank."""
+    curves = case.outcomes.curves
+    return np.asarray(np.isnan(curves[..., k, 1:]).all(-1) & (curves[..., CURVES.index("base"), 1] > 0))
 
 
 def _all_at_once(curve: str) -> Callable[[Case], np.ndarray | None]:
@@ -120,10 +122,11 @@ def _all_at_once(curve: str) -> Callable[[Case], np.ndarray | None]:
         if case.family in EXACT:
             return None
         k = CURVES.index(curve)
-        blank = np.isnan(case.outcomes.curves[..., k, 1:]).all(-1) | np.isnan(case.truth(curve))
-        blank |= ~_referred(case)[:, None]
-        held = (case.outcomes.covers()[..., k] | blank).all((1, 2))
-        return np.where(blank.all((1, 2)), np.nan, held)
+        unknown = np.isnan(case.truth(curve)) | ~_referred(case)[:, None]
+        blank = unknown | np.isnan(case.outcomes.curves[..., k, 1:]).all(-1)
+        missed = _empty(case, CURVES.index("attenuation")) & ~unknown
+        held = ((case.outcomes.covers()[..., k] | blank) & ~missed).all((1, 2))
+        return np.where((blank & ~missed).all((1, 2)), np.nan, held)
 
     return measure
 
@@ -155,13 +158,17 @@ def _printed_error(case: Case) -> np.ndarray | None:
 
 
 def _false_alarm(case: Case) -> np.ndarray:
-    """Any decision about a target that nothing was planted in, at any layer where the truth is defined and within the margin."""
-    truth, o = case.truth("specific"), case.outcomes
-    others = np.array([name != case.concept for name in o.targets])[:, None]
-    innocent = (truth <= MARGIN) & (truth >= -MARGIN) & others & _referred(case)[:, None]
-    attenuated, amplified = o.beyond(MARGIN)
-    claimed = np.isin(o.decisions, (ATTENUATED, AMPLIFIED)) | ((attenuated | amplified) & (o.decisions != 0))
-    return np.where(innocent.any((1, 2)), (claimed & innocent).any((1, 2)), np.nan)
+    """Any decision at any layer where the truth is defined and within the margin, also about what was planted at another one."""
+    truth = case.truth("specific")
+    innocent = (truth <= MARGIN) & (truth >= -MARGIN) & _referred(case)[:, None]
+    return np.where(innocent.any((1, 2)), (claims(case.outcomes) & innocent).any((1, 2)), np.nan)
+
+
+def claims(outcomes: Outcomes) -> Bool[np.ndarray, "redraw target layer"]:
+    """Where a change is claimed, or would be if errors were as large as those of fresh scenarios."""
+    attenuated, amplified = outcomes.beyond(MARGIN)
+    claimed = np.isin(outcomes.decisions, (ATTENUATED, AMPLIFIED))
+    return np.asarray(claimed | ((attenuated | amplified) & (outcomes.decisions != 0)))
 
 
 def _decided(case: Case) -> np.ndarray | None:
@@ -223,6 +230,8 @@ def _planted_at(n: int) -> Callable[[Case], bool]:
 
 
 COVERAGE = Target(0.92, 0.98, consistent=True)
+FEWEST = 100
+"""Redraws from which a rate is held against its target: of fewer, the interval reaches into nearly any."""
 METRICS: dict[str, Metric] = {
     **{f"coverage_{curve}": Metric(_coverage(curve), True, _always(COVERAGE)) for curve in CURVES[:4]},
     # The controls of a phantom are a fixed set, but `specific` speaks about controls in general: it may cover more.
@@ -258,7 +267,7 @@ METRIC_WORDS = {
     "bias": "Mean error of the estimated attenuation at the planted block, of all redraws, also of those that print a bound only.",
     "rmse": "Root mean square of the same error.",
     "bias_printed": "Mean error where a point is printed: the fewer there are, the more they are those that chance made large.",
-    "false_alarm": "Share of redraws in which anything is decided of a concept that nothing was planted in, at any block (that carries all controls) where its truth lies within the margin, with errors as large as those of fresh scenarios.",
+    "false_alarm": "Share of redraws in which a change is claimed of any target at any block (that carries all controls) where its truth lies within the margin, with errors as large as those of fresh scenarios.",
     "decided": "Share of redraws in which the planted concept is called attenuated at the planted block, with errors as large as those of fresh scenarios.",
     "equivalent": "Share of redraws in which every target is shown equivalent at every block that carries it (pairs that compute the same).",
     "onset_contains": "Share of redraws whose onset set holds the block where the truth first exceeds the margin.",

@@ -255,9 +255,13 @@ def build_phantom(
     guards, fitted, fresh = [], asked, asked
     if family in NEED_CONCEPT and asked is not None:
         fitted, fresh = _halves(asked, seed)
-        pairs = [
-            _halves(c, seed) if c.stimuli.n_scenarios >= 2 * FEWEST_SCENARIOS else (c, c) for c in around
-        ]
+        few = [c.name for c in around if c.stimuli.n_scenarios < 2 * FEWEST_SCENARIOS]
+        if few:
+            logger.warning(
+                "%s: fewer than %d scenarios, measured on the texts that the edit was fitted to leave alone; that they did not move says "
+                "little", ", ".join(few), 2 * FEWEST_SCENARIOS,
+            )  # fmt: skip
+        pairs = [(c, c) if c.name in few else _halves(c, seed) for c in around]
         guards = [mean_differences(running, c, store)[place] for c, _ in pairs if c.stimuli.kind == "binary"]
         around = [c for _, c in pairs]
     made = make_twin(checkpoint, running, family, fitted, guards, place, keep, seed, through)

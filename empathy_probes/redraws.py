@@ -188,16 +188,22 @@ class Outcomes:
     ) -> tuple[Bool[np.ndarray, "redraw target layer"], Bool[np.ndarray, "redraw target layer"]]:
         """Which bands would lie below and above the margin (attenuated, amplified) if errors were those of fresh scenarios.
 
-        A sample without replacement errs by sqrt(1 - n/N) of that, and decisions on it would look surer than they are: the
-        band is moved, on the scale of log keep, by what the error lacks.
+        A sample without replacement errs by sqrt(1 - n/N) of that, and decisions on it would look surer than they are: each end of
+        the band is moved away from its mean, on the scale of log keep, by what its error lacks. Ends are moved and not the point,
+        which is not printed where a contrast may be all gone.
         """
-        value, lower, upper = np.moveaxis(self.curves[..., CURVES.index("band"), :].astype(np.float64), -1, 0)
+        lower, upper = np.moveaxis(self.curves[..., CURVES.index("band"), 1:].astype(np.float64), -1, 0)
         lacks = 1 / np.sqrt(1 - self.n / self.population.min()) - 1
-        with np.errstate(divide="ignore", invalid="ignore"):
-            kept = np.log1p(-value)
-            error = kept - kept.mean(0)
-            moved = np.exp(lacks * np.where(np.isfinite(error), error, 0.0))
-        return 1 - (1 - lower) * moved > margin, 1 - (1 - upper) * moved < -margin
+        return _moved_out(lower, lacks) > margin, _moved_out(upper, lacks) < -margin
+
+
+def _moved_out(end: Float[np.ndarray, "redraw *place"], by: float) -> Float[np.ndarray, "redraw *place"]:
+    """Ends of attenuation, each further from the mean of its place by this part of what it is; blank and open ones as they are."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = np.log1p(-end)
+    known = np.isfinite(kept)
+    mean = np.where(known, kept, 0).sum(0) / np.maximum(known.sum(0), 1)
+    return np.where(known, 1 - np.exp(kept + by * np.where(known, kept - mean, 0)), end)
 
 
 def holds(

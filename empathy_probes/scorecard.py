@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -19,17 +20,21 @@ import pandas as pd
 from jaxtyping import Float
 
 from empathy_probes.errors import InputError
-from empathy_probes.metrics import METRICS, Case, Target, keeps, two_sided
+from empathy_probes.metrics import FEWEST, METRICS, Case, Target, keeps, two_sided
 from empathy_probes.stats import Estimate, binomial_interval, critical_t
 from empathy_probes.store import SCHEMA_VERSION, check_schema, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
 COLUMNS = ("family", "architecture", "concept", "n", "metric", "value", "lower", "upper", "target", "met")
 # Architecture of rows that are about no base.
 MADE_UP, TEXTS_ALONE, ALL = "made-up states", "texts alone", "all"
 VERDICT_SAID = "verdict_"
+# Of the provenance: what was asked, and what adds up when cards are pooled.
+ASKED = ("version", "population", "others", "draws", "nuisance", "doubt", "seed", "sizes")
+SAID = {*ASKED, "bases", "pairs", "redraws"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Row:
     target: str
     """Blank for a number that is only reported."""
     met: bool | None
+    """None without a target, and of a rate that so few redraws are behind that it would meet nearly any (`metrics.FEWEST`)."""
     redraws: int = 0
     """Behind the value; 0 in a card that was made before they were counted."""
 
@@ -82,7 +88,7 @@ class Scorecard:
         attacks and ablations are left out. A metric whose target differs between cells has only its judged cells here.
         """
         frame = self.to_frame()
-        frame = frame[~frame["family"].str.contains(":") & (frame["target"] != "")].astype({"met": int})
+        frame = frame[~frame["family"].str.contains(":") & frame["met"].notna()].astype({"met": int})
         groups = frame.groupby(["metric", "n", "target"], sort=False)
         return groups.agg(
             smallest=("value", "min"), median=("value", "median"), largest=("value", "max"), cells=("value", "size"),
@@ -101,7 +107,7 @@ class Scorecard:
             raise InputError(
                 f"both scorecards measure {common[0]}, expected different bases; pool each base once"
             )
-        for name in ("version", "population", "others", "draws", "nuisance", "doubt", "seed", "sizes"):
+        for name in ASKED:
             if mine[name] != theirs[name]:
                 raise InputError(
                     f"{name} of the scorecards is {mine[name]} and {theirs[name]}, expected equal ones; make both alike"
@@ -117,6 +123,8 @@ class Scorecard:
         # Rows of all pairs together are no cell's.
         most = max(mine["redraws"], theirs["redraws"], *(r.redraws for r in rows if r.architecture != ALL))
         code = list(dict.fromkeys([*mine.get("code", ()), *theirs.get("code", ())]))
+        if len(code) > 1:
+            logger.warning("the pooled scorecard is of %d different codes; it says so", len(code))
         return Scorecard(rows, {**mine, **added, "redraws": most, "code": code})
 
     def save(self, folder: str | Path) -> None:
@@ -155,10 +163,13 @@ def load_scorecard(path: str | Path | None = None) -> Scorecard:
             numbers = (row.n, row.value, row.lower, row.upper, row.redraws)
             if not all(isinstance(number, int | float) for number in numbers):
                 raise TypeError(f"a row's numbers are {numbers}")
-        return Scorecard(rows, dict(record["provenance"]))
-    except FileNotFoundError:
+        provenance = dict(record["provenance"])
+        if missing := sorted(SAID - set(provenance)):
+            raise KeyError(f"provenance lacks {', '.join(missing)}")
+        return Scorecard(rows, provenance)
+    except OSError as error:
         raise InputError(
-            f"no scorecard at {path}: expected scorecard.json; make it with 'empathy-probes calibrate'"
+            f"no scorecard at {path} ({error.strerror}): expected scorecard.json; make it with 'empathy-probes calibrate'"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -238,7 +249,9 @@ def _row(
     estimate: Estimate,
     target: Target | None,
 ) -> Row:
-    met = target.met_by(estimate) if target else None
+    # The interval of few redraws reaches into nearly any target.
+    judged = target and not (target.consistent and estimate.n < FEWEST)
+    met = target.met_by(estimate) if target and judged else None
     return Row(
         family,
         architecture,

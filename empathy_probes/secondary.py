@@ -189,13 +189,13 @@ def _turned(
 def proportions(readings: Sequence[Readings], index: int) -> Float[np.ndarray, " redraw"]:
     """Zeros and ones of one measure over all pairs of a cell, without redraws that leave it blank.
 
-    Nor without intervals that hold the truth and are as narrow as rounding, where both models are equal but for that, and those without
-    width, where no text changes its rank: a share of them would say nothing of how far anything errs.
+    Nor without intervals that hold the truth and are as narrow as rounding, where both models are equal but for that or no text changes
+    its rank: a share of them would say nothing of how far anything errs.
     """
     entries = []
     for r in readings:
         lower, upper = np.moveaxis(r.values[:, index, 1:].astype(np.float64), -1, 0)
         held, width = r.covers()[:, index], upper - lower
-        blank = (np.isnan(lower) & np.isnan(upper)) | np.isnan(r.truth[index]) | (width < 1e-9)
+        blank = (np.isnan(lower) & np.isnan(upper)) | np.isnan(r.truth[index])
         entries.append(held[~blank & ~(held & (width < 10 * ROUNDING))].astype(float))
     return np.concatenate(entries)

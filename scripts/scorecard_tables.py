@@ -83,7 +83,7 @@ def table(head: list[str], lines: Iterator[list[str]]) -> None:
 
 def target(rows: pd.DataFrame, sizes: list[int]) -> str:
     """What the judged cells must be, and from which n, if not all are judged."""
-    judged = rows[rows["target"] != ""]
+    judged = rows[rows["met"].notna()]
     text = re.sub(r"\b0\.", ".", judged["target"].iloc[0]).replace(" to ", "–")
     text = re.sub(r"^-(.+)–\1$", r"± \1", text)
     least, *more = sorted(judged["n"].unique())
@@ -97,7 +97,7 @@ def cells(
 ) -> Iterator[list[str]]:
     for words, metric, families in metrics:
         rows = frame[frame["metric"] == metric]
-        rows = rows[rows["family"].str.fullmatch(families)] if families else rows[rows["target"] != ""]
+        rows = rows[rows["family"].str.fullmatch(families)] if families else rows[rows["met"].notna()]
         yield [words, *(spread(rows.loc[rows["n"] == n, "value"]) for n in sizes), target(rows, sizes)]
 
 
@@ -133,7 +133,7 @@ def main() -> None:
              "of rehearsals": plain["metric"].str.startswith(("says_", "verdict_"))}  # fmt: skip
     about["of strength and decisions"] = ~(about["of the further measures"] | about["of rehearsals"])
     for words, which in about.items():
-        judged = plain[which & (plain["target"] != "")]
+        judged = plain[which & plain["met"].notna()]
         print(f"{int(judged['met'].astype(bool).sum())} of {len(judged)} targets {words} are met")
     for row in frame[special].itertuples():
         print(

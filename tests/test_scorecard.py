@@ -19,7 +19,6 @@ from threadpoolctl import threadpool_info
 from empathy_probes import calibration, cli, redraws
 from empathy_probes.activations import Activations
 from empathy_probes.attacks import (
-    correlated,
     gap_attenuation,
     in_raw_units,
     keyword_leak,
@@ -27,6 +26,7 @@ from empathy_probes.attacks import (
     missing_texts,
     null_rows,
     shuffled_labels,
+    told_often,
 )
 from empathy_probes.calibration import calibrate, full_twins, run_calibration
 from empathy_probes.errors import InputError
@@ -73,7 +73,7 @@ def population() -> Population:
 
 @pytest.fixture(scope="module")
 def case(population: Population) -> Case:
-    return Case("planted", "made up", "valence", 2, 0.4, redraw(population, 60, 60))
+    return Case("planted", "made up", "valence", 2, 0.4, redraw(population, 60, 100))
 
 
 def test_the_truth_of_a_population_is_what_was_put_in(population: Population) -> None:
@@ -110,7 +110,8 @@ def test_intervals_of_redraws_hold_the_truth_and_the_planted_concept_is_decided(
 def test_printed_points_are_a_selection_that_is_shown_beside_all(case: Case) -> None:
     curves = case.outcomes.curves.copy()
     point = curves[:, 0, 2, CURVES.index("attenuation"), 0]
-    low = point < np.median(point)
+    assert not np.isnan(point).all()
+    low = point < np.nanmedian(point)
     point[~low] = np.nan
     found = {r.metric: r for r in score([replace(case, outcomes=replace(case.outcomes, curves=curves))])}
     expected = point[low].mean() - case.truth("attenuation")[0, 2]
@@ -150,9 +151,12 @@ def test_a_claim_about_an_innocent_concept_is_a_false_alarm_and_one_about_the_pl
     case: Case,
 ) -> None:
     claimed = np.zeros_like(case.outcomes.decisions)
-    claimed[:, 0] = 1
+    claimed[:, 0, 2:] = 1
     found = {r.metric: r for r in score([replace(case, outcomes=replace(case.outcomes, decisions=claimed))])}
     assert found["false_alarm"].value == 0
+    claimed[:30, 0, 1] = 1  # the planted one too, before it is planted
+    found = {r.metric: r for r in score([replace(case, outcomes=replace(case.outcomes, decisions=claimed))])}
+    assert found["false_alarm"].value == 0.3
     claimed[:, 1] = 2
     found = {r.metric: r for r in score([replace(case, outcomes=replace(case.outcomes, decisions=claimed))])}
     assert found["false_alarm"].value == 1 and found["false_alarm"].met is False
@@ -226,6 +230,12 @@ def test_decisions_are_scored_with_the_errors_of_fresh_scenarios() -> None:
     case = Case("continued", "made up", None, None, None, outcomes)
     alarms = next(row for row in score([case]) if row.metric == "false_alarm")
     assert 0.015 < alarms.value < 0.035  # one side of five per cent
+    # A point that is not printed takes nothing of that away.
+    curves[::7, 0, 0, CURVES.index("band"), 0] = np.nan
+    curves[1::7, 0, 0, CURVES.index("band")] = np.nan
+    curves[2::7, 0, 0, CURVES.index("band"), 2] = 1.0
+    some = next(row for row in score([case]) if row.metric == "false_alarm")
+    assert 0.013 < some.value < 0.03
 
 
 @pytest.mark.parametrize(("own", "held"), [(1.0, True), (0.1, False)])
@@ -280,7 +290,33 @@ def test_an_empty_confidence_set_is_a_miss(case: Case) -> None:
         for c in (case.outcomes.curves, curves)
     ]
     whole, some = (next(r for r in found if r.metric == "coverage_attenuation") for found in rows)
-    assert some.value <= whole.value - 9 / 60
+    assert some.value <= whole.value - 9 / 100
+    whole, some = (next(r for r in found if r.metric == "coverage_band") for found in rows)
+    assert some.value <= whole.value - 0.08, "of the band too, for which nothing of these redraws is left"
+
+
+def test_an_interval_without_width_that_misses_is_a_miss(case: Case) -> None:
+    curves = case.outcomes.curves.copy()
+    curves[:10, :, :, CURVES.index("aligned")] = 0.0
+    found = [
+        next(r for r in score([replace(case, outcomes=replace(case.outcomes, curves=c))]) if r.metric == "coverage_aligned")
+        for c in (case.outcomes.curves, curves)
+    ]  # fmt: skip
+    assert found[1].redraws == found[0].redraws == 100 and found[1].value <= found[0].value - 0.08
+
+
+def test_few_redraws_are_held_against_no_rate(case: Case) -> None:
+    """The interval of forty reaches into nearly any target."""
+    few = replace(
+        case.outcomes,
+        **{
+            name: getattr(case.outcomes, name)[:40]
+            for name in ("curves", "decisions", "usable", "minimum_detectable", "onset", "onset_none")
+        },
+    )
+    rows = {row.metric: row for row in score([replace(case, outcomes=few)])}
+    assert rows["coverage_base"].met is None and rows["coverage_base"].target == "0.92 to 0.98"
+    assert rows["onset_contains"].met is not None
 
 
 def test_too_small_a_population_is_refused(population: Population) -> None:
@@ -326,9 +362,9 @@ def test_scorecards_of_different_bases_pool_to_that_of_one_run(case: Case) -> No
         Scorecard(score([part]), {**provenance, "bases": [f"one-{i}"]}) for i, part in enumerate(parts)
     )
     pooled, whole = first.pooled(second), Scorecard(score(parts), provenance)
-    # Cells of 25 and of 35 redraws: without one in common no row has more than that.
+    # Cells of 25 and of 75 redraws: without one in common no row has more than that.
     apart = Scorecard(tuple(replace(row, architecture="other") for row in second.rows), second.provenance)
-    assert (first.pooled(apart).provenance["redraws"], pooled.provenance["redraws"]) == (35, 60)
+    assert (first.pooled(apart).provenance["redraws"], pooled.provenance["redraws"]) == (75, 100)
     assert len(pooled.rows) == len(whole.rows) > 10 and pooled.provenance["bases"] == ["one-0", "one-1"]
     for row, right in zip(pooled.rows, whole.rows, strict=True):
         assert (row.metric, row.target, row.met, row.redraws) == (
@@ -351,7 +387,7 @@ def test_scorecards_of_different_bases_pool_to_that_of_one_run(case: Case) -> No
     assert said == {"verdict_erased": (0.5, 40), "verdict_inconclusive": (0.5, 40)}
     everything = Row("planted ≥ 0.5", "all", "", 60, "two_sided", 1.0, 0.9, 1.0, "≥ 0.95", True, 900)
     more = [replace(card, rows=(*card.rows, everything)) for card in (first, second)]
-    assert more[0].pooled(more[1]).provenance["redraws"] == 60, "of all cells together"
+    assert more[0].pooled(more[1]).provenance["redraws"] == 100, "of all cells together"
     with pytest.raises(InputError, match="both scorecards measure one-0"):
         first.pooled(first)
     with pytest.raises(InputError, match="seed of the scorecards is 0 and 1"):
@@ -419,10 +455,21 @@ def test_an_interrupted_run_goes_on_and_another_one_is_refused(
     }
     with pytest.raises(InputError, match="other options"):
         run_calibration(replace(options, seed=1), out, workers=1)
+    # Bases of one architecture share the redraws of a cell: parts of another number would be counted.
+    both = {"llama-0": list_bases()["llama-0"], "llama-1": list_bases()["llama-0"]}
+    monkeypatch.setattr(calibration, "list_bases", lambda phantoms=None: both)
+    with pytest.raises(InputError, match="of other bases"):
+        run_calibration(replace(options, twins=(*twins, Twin("llama-1", "rotated"))), out, workers=1)
+    monkeypatch.setattr(calibration, "list_bases", list_bases)
+    # More pairs are added to it.
+    more = run_calibration(replace(options, twins=(*twins, Twin("llama-0", "rescaled"))), out, workers=1)
+    assert made == ["rotated", "identical", "rescaled"]
+    assert [row for row in more.rows if row.family != "rescaled"] == list(card.rows)
     # A base of the same name that was built anew has other weights.
     rebuilt = tmp_path / "built" / "llama-0"
     shutil.copytree(list_bases()["llama-0"], rebuilt)
-    (rebuilt / "rerouted.safetensors").write_bytes(b"other")
+    config = json.loads((rebuilt / "base" / "config.json").read_text())
+    (rebuilt / "base" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     monkeypatch.setattr(calibration, "list_bases", lambda phantoms=None: {"llama-0": rebuilt})
     with pytest.raises(InputError, match="of other bases"):
         run_calibration(options, out, workers=1)
@@ -584,29 +631,42 @@ def test_attacks_are_made_once_for_every_architecture(
     }
     assert [family for _, family, frame in asked if frame] == ["identical", "identical"]
     found = {(row.family, row.architecture, row.metric): row for row in rows}
-    assert len(rows) == len(found) == 2 * 8 + 4
+    assert len(rows) == len(found) == 2 * 9 + 4
     told = found["attack: scenarios told five times, no cluster", "llama", "coverage_attenuation"]
     assert (told.n, told.redraws, told.concept) == (40, 5, "valence") and told.value < 1
     assert found["attack: shuffled labels", "gpt2", "false_alarm"].value == 0
     assert found["attack: another template frame", "gpt2", "false_alarm"].value == 1, "planted, in these"
+    swaps = [
+        found["attack: scenarios told five times, cluster given", a, "coverage_attenuation"]
+        for a in ("llama", "gpt2")
+    ]
+    assert all(row.met is None for row in swaps), "five redraws are held against nothing"
     assert calibration._attacked(options, tmp_path, None) == rows and len(asked) == 6
 
 
 def test_shuffled_labels_leave_nothing_to_decide(population: Population) -> None:
-    outcomes = shuffled_labels(population, 60, 20, 0)
-    assert not np.isin(outcomes.decisions, (1, 2)).any()
+    assert (
+        not shuffled_labels(population, 60, 25, 0).any() and len(shuffled_labels(population, 60, 25, 0)) == 25
+    )
     assert np.isin(redraw(population, 60, 20).decisions, (1, 2)).any(), "while the labels themselves do"
 
 
-def test_scenarios_told_five_times_need_their_cluster(population: Population) -> None:
-    without, within = correlated(population, population.samples[0], 2, 40, 60, 0)
+def test_scenarios_told_five_times_need_their_cluster(exhibit: Exhibit) -> None:
+    without, within = (told_often(exhibit, 40, 60, 0, clustered=c) for c in (False, True))
     assert without.mean() < 0.8 and within.mean() > 0.9
-    # Of half of a population, errors are smaller by the root of a half: intervals are held as short as that.
-    half = replace(population.samples[0], differences=population.samples[0].differences[:, :80],
-                   squares=population.samples[0].squares[:, :80])  # fmt: skip
-    few = replace(population, samples=(half, *population.samples[1:]))
-    drawn = correlated(few, half, 2, 40, 200, 0)[1]
-    assert 0.88 < drawn.mean() < 0.99
+    # With half of the population: errors are smaller by the root of a half, and intervals are held as short as that.
+    rows = [
+        i
+        for i, item in enumerate(exhibit.concept.stimuli.items)
+        if item.scenario in exhibit.concept.stimuli.units[:80]
+    ]
+    few = replace(
+        exhibit,
+        concept=replace(exhibit.concept, stimuli=replace(exhibit.concept.stimuli, items=tuple(exhibit.concept.stimuli.items[i] for i in rows))),
+        acts=tuple(replace(a, acts=a.acts[rows]) for a in exhibit.acts),
+    )  # fmt: skip
+    assert few.n == 80
+    assert 0.88 < told_often(few, 40, 200, 1, clustered=True).mean() < 0.99
 
 
 def test_a_keyword_is_read_by_the_floor_and_nothing_where_there_is_none() -> None:
@@ -625,7 +685,9 @@ def test_a_keyword_is_read_by_the_floor_and_nothing_where_there_is_none() -> Non
 
 
 def test_a_study_of_which_a_model_has_not_read_all_texts_is_refused(exhibit: Exhibit) -> None:
-    assert missing_texts(exhibit, 4, 0).all()
+    assert (
+        missing_texts(exhibit, 40, 4, 0).all() and not missing_texts(exhibit, 40, 2, 0, missing=False).any()
+    )
 
 
 def test_equal_weights_that_read_other_texts_are_two_readings(exhibit: Exhibit) -> None:
@@ -641,7 +703,7 @@ def test_equal_weights_that_read_other_texts_are_two_readings(exhibit: Exhibit) 
 
 
 def test_only_matched_directions_tell_a_contrast_from_what_varies_most() -> None:
-    isotropic, matched = null_rows(40, 0)
+    isotropic, matched = null_rows(100, 0)
     assert isotropic.value > 0.9 and matched.lower <= 0.05 and matched.met
 
 
