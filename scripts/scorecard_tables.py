@@ -135,6 +135,18 @@ def main() -> None:
     for words, which in about.items():
         judged = plain[which & plain["met"].notna()]
         print(f"{int(judged['met'].astype(bool).sum())} of {len(judged)} targets {words} are met")
+    two_ended = plain[plain["metric"].str.startswith("coverage_") & plain["target"].str.contains(" to ")]
+    for words, which in about.items():
+        held = two_ended[which.reindex(two_ended.index)]
+        below, above = held["upper"] < 0.95, held["lower"] > 0.95
+        if len(held):
+            print(
+                f"{below.sum()} of {len(held)} coverages {words} lie below .95 with their whole interval, {above.sum()} above"
+            )
+        for row in held[below].sort_values("value").itertuples():
+            print(
+                f"  {row.family}, {row.architecture}, {row.concept or '-'}, n = {row.n}: {row.metric} {row.value:.3f}"
+            )
     for row in frame[special].itertuples():
         print(
             f"{row.family}, {row.architecture}, n = {row.n}: {row.metric} {row.value:.3f} ({row.lower:.3f} to {row.upper:.3f})"

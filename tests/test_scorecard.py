@@ -742,4 +742,8 @@ def test_the_page_has_the_numbers_of_the_shipped_card(
     for frame, name in ((whole, "scorecard.csv"), (said, "rehearsals.csv")):
         table = pd.read_csv(root / "docs" / "scorecard" / name, keep_default_na=False)
         assert list(table["metric"]) == list(frame["metric"])
-        np.testing.assert_allclose(table["value"], frame["value"], rtol=1e-5)
+        for column in ("value", "lower", "upper"):
+            np.testing.assert_allclose(table[column], frame[column], rtol=1e-5)
+        for column in ("family", "architecture", "concept", "n", "target"):
+            assert list(table[column]) == list(frame[column])
+        assert list(table["met"].astype(str)) == ["" if met is None else str(met) for met in frame["met"]]
