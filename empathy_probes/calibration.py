@@ -121,8 +121,9 @@ def calibrate(
         twins = quick_twins(list(there))
         options = Options(twins, QUICK_SIZES, 500, 200, min(redraws, FEWEST), seed=seed)
     else:
-        twins = tuple(twin for twin in full_twins(list(there)) if has_twin(there[twin.base], twin.family))
-        for twin in full_twins(list(there)):
+        wanted = full_twins(list(there))
+        twins = tuple(twin for twin in wanted if has_twin(there[twin.base], twin.family))
+        for twin in wanted:
             if twin not in twins:
                 logger.warning(
                     "base '%s' has no trained twin '%s': the scorecard is without it", twin.base, twin.family

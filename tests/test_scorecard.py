@@ -398,6 +398,15 @@ def test_scorecards_of_different_bases_pool_to_that_of_one_run(case: Case) -> No
 
 
 def test_a_foreign_file_is_no_scorecard(tmp_path: Path) -> None:
+    whole = json.loads((Path(calibration.__file__).parent / "data" / "scorecard.json").read_text())
+    (tmp_path / "unsaid.json").write_text(json.dumps({**whole, "provenance": {"bases": []}}))
+    with pytest.raises(InputError, match="provenance lacks doubt"):
+        load_scorecard(tmp_path / "unsaid.json")
+    with pytest.raises(InputError, match=r"no scorecard at .* \(Not a directory\)"):
+        load_scorecard(tmp_path / "unsaid.json" / "below")
+    (tmp_path / "attacks.json").write_text('[{"family": "of an older form"}]')
+    with pytest.raises(InputError, match="is damaged"):
+        calibration._read_rows(tmp_path / "attacks.json")
     with pytest.raises(InputError, match="no scorecard at"):
         load_scorecard(tmp_path / "scorecard.json")
     row = asdict(load_scorecard().rows[0])
@@ -535,6 +544,11 @@ def test_chosen_bases_are_measured_and_no_others(
     calibrate(tmp_path, quick=True, phantoms=tmp_path / "built")
     assert {twin.base for twin in asked[-1].twins} == {"gpt2-0", "llama-0"}
     assert "has no part in it" in caplog.text
+    calibrate(tmp_path, phantoms=tmp_path / "built", bases=["llama-7"])
+    assert "base 'llama-7' has no trained twin 'continued'" in caplog.text
+    assert {twin.family for twin in asked[-1].twins} == {
+        twin.family for twin in full_twins(["llama-7"])
+    } - set(TRAINED)
 
 
 # ---------------------------------------------------------------- secondary measures
